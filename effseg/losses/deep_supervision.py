@@ -1,0 +1,60 @@
+"""One loss for a network that answers at several scales."""
+
+from collections.abc import Sequence
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from effseg.errors import GeometryError
+from effseg.losses.sums import Labels
+from effseg.types import Logits
+
+
+class DeepSupervisionLoss(nn.Module):
+    """The weighted mean of a loss over the outputs of a network, finest first.
+
+    Output i counts 2^-i, over the sum of these (Isensee et al. 2021, nnU-Net,
+    doi:10.1038/s41592-020-01008-z). Labels come down to a coarser output by keeping every n-th
+    voxel from the first, as a strided convolution does: no label is ever mixed or invented.
+
+    Args:
+        loss: of logits (N, C, *S) and labels (N, *S).
+    """
+
+    def __init__(self, loss: nn.Module) -> None:
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, outputs: Sequence[Logits], labels: Labels) -> Float[Tensor, ""]:
+        """The loss of a batch.
+
+        Args:
+            outputs: logits (N, C, *S_i), finest first; S_0 is the labels' own.
+            labels: (N, *S).
+
+        Raises:
+            GeometryError: if there is no output, or a length of the labels is no multiple of an
+                output's.
+        """
+        if len(outputs) == 0:
+            raise GeometryError("no outputs to supervise; expected logits, finest first")
+        weights = [0.5**i for i in range(len(outputs))]
+        first, *rest = (
+            weight / sum(weights) * self.loss(logits, _strided(labels, logits))
+            for weight, logits in zip(weights, outputs, strict=True)
+        )
+        total: Tensor = sum(rest, start=first)
+        return total
+
+
+def _strided(labels: Tensor, logits: Tensor) -> Tensor:
+    space, coarse = labels.shape[1:], logits.shape[2:]
+    if len(space) != len(coarse) or any(
+        b == 0 or a % b for a, b in zip(space, coarse, strict=True)
+    ):
+        raise GeometryError(
+            f"labels of {tuple(space)} voxels for an output of {tuple(coarse)}; expected multiples:"
+            " choose a patch_size that is a multiple of the network's total stride"
+        )
+    steps = (slice(None, None, a // b) for a, b in zip(space, coarse, strict=True))
+    return labels[(slice(None), *steps)]

@@ -1,0 +1,152 @@
+"""Dice plus cross-entropy on logits, with an ignore label."""
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from effseg.errors import DataError, GeometryError, PlanError
+from effseg.losses.sums import Labels, class_sums
+from effseg.types import Logits
+
+SMOOTH = 1e-5
+
+
+class DiceCELoss(nn.Module):
+    """`dice_weight` (1 - mean Dice) + `cross_entropy_weight` mean cross-entropy, of a softmax.
+
+    Dice of a class is (2 I + 1e-5) / (P + R + 1e-5) with intersection I, sum of probabilities P
+    and reference voxels R (Milletari et al. 2016, V-Net, arXiv:1606.04797, without its squares),
+    averaged over the classes, and over the samples unless `dice_over_batch`. Cross-entropy is
+    averaged over the voxels that are not ignored. Both are of this process's batch alone.
+
+    Edge cases, all finite:
+
+    - A class absent from the batch scores Dice near 0 until its probabilities vanish, and its
+      gradient there is nearly nil: cross-entropy is what teaches absence.
+    - Ignored voxels add nothing to value or gradient; where all are ignored both are 0.
+
+    A label that is neither a class nor ignored makes the loss NaN and its gradient 0: to refuse it
+    by name would stop a GPU for each batch. Only logits and labels are kept for backward, whatever
+    their types; sums and gradient are float32 within autocast.
+
+    Args:
+        dice_weight: at least 0.
+        cross_entropy_weight: at least 0; not both 0.
+        dice_background: average class 0 into Dice too.
+        dice_over_batch: one Dice a class over the whole batch, not one a sample.
+        ignore_label: left out of loss and gradient.
+
+    Raises:
+        PlanError: for weights that are negative, not finite or both 0.
+    """
+
+    def __init__(
+        self,
+        *,
+        dice_weight: float = 1.0,
+        cross_entropy_weight: float = 1.0,
+        dice_background: bool = False,
+        dice_over_batch: bool = True,
+        ignore_label: int | None = None,
+    ) -> None:
+        super().__init__()
+        total = dice_weight + cross_entropy_weight
+        if min(dice_weight, cross_entropy_weight) < 0 or not 0 < total < math.inf:
+            raise PlanError(
+                f"loss weights: dice {dice_weight}, cross-entropy {cross_entropy_weight}; "
+                "expected none below 0 and one above"
+            )
+        self.dice_weight = dice_weight
+        self.cross_entropy_weight = cross_entropy_weight
+        self.dice_background = dice_background
+        self.dice_over_batch = dice_over_batch
+        self.ignore_label = ignore_label
+
+    def forward(self, logits: Logits, labels: Labels) -> Float[Tensor, ""]:
+        """The loss of a batch.
+
+        Args:
+            logits: (N, C, *S), C >= 2.
+            labels: (N, *S), integers 0 .. C-1 and `ignore_label`; no channel axis.
+
+        Returns:
+            A scalar, float32; float64 for float64 logits.
+
+        Raises:
+            GeometryError: if the shapes do not fit each other or hold no voxel.
+            DataError: if the types are not floating and integer, or do not hold the ignore label.
+            PlanError: for a single channel, or an ignore label that is also a class.
+        """
+        check_batch(logits, labels, ignore_label=self.ignore_label)
+        sums = class_sums(logits, labels, ignore_label=self.ignore_label)
+        n_known, log_likelihood = sums[:, 2].sum(), sums[:, 3].sum()
+        if self.dice_over_batch:
+            sums = sums.sum(0, keepdim=True)
+        intersection, predicted, reference, _ = sums[
+            ..., 0 if self.dice_background else 1 :
+        ].unbind(1)
+        dice = (2 * intersection + SMOOTH) / (predicted + reference + SMOOTH)
+        loss = self.dice_weight * (1 - dice.mean())
+        loss = loss - self.cross_entropy_weight * log_likelihood / n_known.clamp(min=1)
+        n_expected: int | Tensor = labels.numel()
+        if self.ignore_label is not None:
+            n_expected = n_expected - (labels == self.ignore_label).sum()
+        loss = torch.where(n_known == n_expected, loss, math.nan)
+        return loss if logits.dtype == torch.float64 else loss.float()
+
+    def extra_repr(self) -> str:
+        """The arguments, for print(module)."""
+        return (
+            f"dice_weight={self.dice_weight}, cross_entropy_weight={self.cross_entropy_weight}, "
+            f"dice_background={self.dice_background}, dice_over_batch={self.dice_over_batch}, "
+            f"ignore_label={self.ignore_label}"
+        )
+
+
+def check_batch(logits: Tensor, labels: Tensor, *, ignore_label: int | None) -> None:
+    """Refuse logits and labels that cannot be a batch of this loss; reads no values, only shapes.
+
+    Raises:
+        GeometryError, DataError, PlanError: as `DiceCELoss.forward` says.
+    """
+    expected = (logits.shape[0], *logits.shape[2:])
+    if logits.ndim < 3 or labels.shape != expected:
+        raise GeometryError(
+            f"logits {tuple(logits.shape)} and labels {tuple(labels.shape)}; expected (N, C, *S) "
+            f"and (N, *S), without a channel axis: labels[:, 0] takes one off"
+        )
+    if logits.numel() == 0:
+        raise GeometryError(f"logits {tuple(logits.shape)} hold no voxel; expected at least one")
+    if not logits.is_floating_point():
+        raise DataError(f"logits are {logits.dtype}; expected a floating type, as a network gives")
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise DataError(f"labels are {labels.dtype}; expected integers: labels.to(torch.uint8)")
+    n_classes = logits.shape[1]
+    check_classes(n_classes, ignore_label=ignore_label)
+    held = torch.iinfo(labels.dtype)
+    # torch compares modulo 256 here: in uint8 a 255 equals -1
+    if ignore_label is not None and not held.min <= ignore_label <= held.max:
+        raise DataError(
+            f"labels are {labels.dtype} ({held.min} to {held.max}), which cannot hold the ignore "
+            f"label {ignore_label}; give labels.to(torch.int64), or another ignore label"
+        )
+
+
+def check_classes(n_classes: int, *, ignore_label: int | None) -> None:
+    """Refuse a number of classes, or an ignore label, that a softmax loss cannot work with.
+
+    Raises:
+        PlanError: for fewer than two classes, or an ignore label that is also a class.
+    """
+    if n_classes < 2:
+        raise PlanError(
+            f"{n_classes} output channels; expected at least 2, background first: one foreground "
+            "label is two classes"
+        )
+    if ignore_label is not None and 0 <= ignore_label < n_classes:
+        raise PlanError(
+            f"ignore_label {ignore_label} is also a class of 0 to {n_classes - 1}; "
+            "give ignored voxels another value, such as 255"
+        )

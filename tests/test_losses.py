@@ -1,0 +1,359 @@
+"""Dice plus cross-entropy: MONAI and plain autograd as oracles, then the edges, then the bytes."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from effseg.errors import DataError, EffsegError, GeometryError, PlanError
+from effseg.losses import DeepSupervisionLoss, DiceCELoss, build_loss, class_sums, voxel_chunks
+from effseg.plans import LossConfig
+
+IGNORE = 255
+SETTINGS = [(b, o) for b in (False, True) for o in (False, True)]
+
+
+def _batch(n=2, c=3, shape=(5, 4, 6), dtype=torch.float64, ignored=0.0):
+    logits = torch.randn(n, c, *shape, dtype=dtype) * 2
+    labels = torch.randint(0, c, (n, *shape), dtype=torch.uint8)
+    labels[torch.rand(labels.shape) < ignored] = IGNORE
+    return logits.requires_grad_(), labels
+
+
+def _plain(logits, labels, *, background, over_batch, ignore_label, weights=(1.0, 1.0)):
+    """The same loss, written with masks and one-hot and left to autograd."""
+    kept = labels != ignore_label if ignore_label is not None else torch.ones_like(labels).bool()
+    safe = torch.where(kept, labels, 0).long()
+    one_hot = nn.functional.one_hot(safe, logits.shape[1]).movedim(-1, 1) * kept[:, None]
+    log_p = logits.log_softmax(1)
+    p = log_p.exp() * kept[:, None]
+    axes = tuple(range(2, logits.ndim))
+    axes = (0, *axes) if over_batch else axes
+    tp, pred, ref = ((t).sum(axes) for t in (p * one_hot, p, one_hot))
+    dice = (2 * tp + 1e-5) / (pred + ref + 1e-5)
+    dice = dice if background else dice[..., 1:]
+    ce = -(log_p * one_hot).sum() / kept.sum().clamp(min=1)
+    return weights[0] * (1 - dice.mean()) + weights[1] * ce
+
+
+def _number(value: Tensor) -> float:
+    return float(value.detach())
+
+
+def _value_and_gradient(loss, logits, labels) -> tuple[Tensor, Tensor]:
+    logits = logits.detach().clone().requires_grad_()
+    value = loss(logits, labels)
+    (gradient,) = torch.autograd.grad(value, logits)
+    return value.detach(), gradient
+
+
+@pytest.mark.parametrize(("background", "over_batch"), SETTINGS)
+def test_equals_monai(background, over_batch):
+    from monai.losses import DiceCELoss as Oracle
+
+    logits, labels = _batch(dtype=torch.float32)
+    oracle = Oracle(softmax=True, to_onehot_y=True, include_background=background, batch=over_batch)
+    expected, expected_gradient = _value_and_gradient(
+        lambda z, y: oracle(z, y[:, None].long()), logits, labels
+    )
+    value, gradient = _value_and_gradient(
+        DiceCELoss(dice_background=background, dice_over_batch=over_batch), logits, labels
+    )
+    assert value.dtype == torch.float32
+    assert abs(float(value - expected)) <= 1e-6
+    torch.testing.assert_close(gradient, expected_gradient, atol=1e-7, rtol=1e-5)
+
+
+@pytest.mark.parametrize("labels_type", [torch.uint8, torch.int16, torch.int32, torch.int64])
+@pytest.mark.parametrize(("background", "over_batch"), SETTINGS)
+def test_equals_plain_autograd_with_ignored_voxels(background, over_batch, labels_type):
+    logits, labels = _batch(n=3, c=4, ignored=0.3)
+    loss = DiceCELoss(
+        dice_weight=0.7,
+        cross_entropy_weight=1.3,
+        dice_background=background,
+        dice_over_batch=over_batch,
+        ignore_label=IGNORE,
+    )
+    expected, expected_gradient = _value_and_gradient(
+        lambda z, y: _plain(
+            z,
+            y,
+            background=background,
+            over_batch=over_batch,
+            ignore_label=IGNORE,
+            weights=(0.7, 1.3),
+        ),
+        logits,
+        labels,
+    )
+    value, gradient = _value_and_gradient(loss, logits, labels.to(labels_type))
+    assert abs(float(value - expected)) <= 1e-12
+    assert (gradient - expected_gradient).abs().max() <= 1e-12
+    assert gradient.movedim(1, -1)[labels == IGNORE].abs().max() == 0
+
+
+@pytest.mark.parametrize("ignored", [0.0, 0.3])
+def test_gradcheck(ignored):
+    logits, labels = _batch(c=3, shape=(2, 3, 2), ignored=ignored)
+    ignore_label = IGNORE if ignored else None
+    assert torch.autograd.gradcheck(
+        lambda z: class_sums(z, labels, ignore_label=ignore_label), (logits,)
+    )
+    assert torch.autograd.gradcheck(
+        lambda z: DiceCELoss(ignore_label=ignore_label, dice_over_batch=False)(z, labels), (logits,)
+    )
+
+
+def test_sums_worked_by_hand():
+    # two voxels, two classes: p = (3/4, 1/4) with label 0, then (1/2, 1/2) with label 1
+    logits = torch.tensor([[[math.log(3.0), 0.0], [0.0, 0.0]]], dtype=torch.float64)
+    sums = class_sums(logits, torch.tensor([[0, 1]]), ignore_label=None)
+    expected = [[0.75, 0.5], [1.25, 0.75], [1.0, 1.0], [math.log(0.75), math.log(0.5)]]
+    torch.testing.assert_close(sums[0], torch.tensor(expected, dtype=torch.float64))
+
+
+def test_chunks_change_nothing(monkeypatch):
+    logits, labels = _batch(n=2, c=3, ignored=0.2)
+    loss = DiceCELoss(ignore_label=IGNORE)
+    whole = _value_and_gradient(loss, logits, labels)
+    monkeypatch.setattr("effseg.losses.sums.SMALLEST_CHUNK", 21)
+    assert len(list(voxel_chunks(2, 3, 120))) > 30
+    chunked = _value_and_gradient(loss, logits, labels)
+    for a, b in zip(whole, chunked, strict=True):
+        assert (a - b).abs().max() <= 1e-12
+
+
+@given(
+    n=st.integers(1, 9), c=st.integers(2, 400), v=st.integers(1, 10**6), big=st.integers(0, 10**8)
+)
+@settings(max_examples=50, deadline=None)
+def test_chunks_cover_every_voxel_once(n, c, v, big):
+    for n_voxels in (v, v + big):
+        ends = dict.fromkeys(range(n), 0)
+        chunks = list(voxel_chunks(n, c, n_voxels))
+        for sample, voxels in chunks:
+            assert voxels.start == ends[sample] < voxels.stop
+            ends[sample] = voxels.stop
+        assert set(ends.values()) == {n_voxels}
+        assert len(chunks) <= 34 + 2 * n
+
+
+@given(seed=st.integers(0, 2**32 - 1), ignored=st.sampled_from([0.0, 0.5, 1.0]))
+@settings(max_examples=25, deadline=None)
+def test_finite_bounded_and_blind_to_ignored_voxels(seed, ignored):
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(2, 3, 3, 3, 3, generator=generator) * 30
+    labels = torch.randint(0, 3, (2, 3, 3, 3), generator=generator)
+    labels[torch.rand(labels.shape, generator=generator) < ignored] = IGNORE
+    loss = DiceCELoss(ignore_label=IGNORE)
+    value, gradient = _value_and_gradient(loss, logits, labels)
+    assert value.isfinite()
+    assert value >= 0
+    assert gradient.isfinite().all()
+    disturbed = torch.where(labels[:, None] == IGNORE, torch.randn(logits.shape) * 100, logits)
+    again, gradient_again = _value_and_gradient(loss, disturbed, labels)
+    assert torch.equal(value, again)
+    assert torch.equal(gradient, gradient_again)
+    # a softmax does not see a constant added to all classes: the gradient sums to 0 over them
+    assert gradient.sum(1).abs().max() <= 1e-6
+
+
+def test_perfect_and_opposite_predictions():
+    _, labels = _batch(c=2)
+    sure = 40.0 * nn.functional.one_hot(labels.long(), 2).movedim(-1, 1).double()
+    loss = DiceCELoss()
+    assert _number(loss(sure, labels)) == pytest.approx(0.0, abs=1e-12)
+    assert _number(loss(-sure, labels)) == pytest.approx(41.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("over_batch", [False, True])
+def test_all_ignored_is_zero_with_zero_gradient(over_batch):
+    logits, labels = _batch()
+    loss = DiceCELoss(ignore_label=IGNORE, dice_over_batch=over_batch)
+    value, gradient = _value_and_gradient(loss, logits, torch.full_like(labels, IGNORE))
+    assert _number(value) == 0.0
+    assert gradient.abs().max() == 0.0
+
+
+def test_no_foreground_one_voxel_and_ruled_out_class_are_finite():
+    logits, labels = _batch(dtype=torch.float32)
+    value, gradient = _value_and_gradient(DiceCELoss(), logits, torch.zeros_like(labels))
+    assert value.isfinite()
+    assert gradient.isfinite().all()
+    one, label = torch.randn(1, 2, 1, 1, 1), torch.ones(1, 1, 1, 1, dtype=torch.int64)
+    value, gradient = _value_and_gradient(DiceCELoss(), one, label)
+    p = one.softmax(1)[0, 1].item()
+    assert _number(value) == pytest.approx(1 - 2 * p / (p + 1) - math.log(p), rel=1e-4)
+    assert gradient.isfinite().all()
+    logits = logits.detach().clone()
+    logits[:, 2] = -torch.inf
+    value, gradient = _value_and_gradient(DiceCELoss(), logits, torch.zeros_like(labels))
+    assert value.isfinite()
+    assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize(("bad", "ignore_label"), [(3, None), (200, None), (3, IGNORE)])
+def test_label_out_of_range_is_nan_with_zero_gradient(bad, ignore_label):
+    logits, labels = _batch(c=3, ignored=0.2 if ignore_label else 0.0)
+    labels[1, 2, 3, 4] = bad
+    value, gradient = _value_and_gradient(DiceCELoss(ignore_label=ignore_label), logits, labels)
+    assert value.isnan()
+    assert gradient.abs().max() == 0.0
+
+
+def test_layout_of_logits_does_not_matter():
+    logits, labels = _batch(dtype=torch.float32, ignored=0.1)
+    loss = DiceCELoss(ignore_label=IGNORE)
+    value, gradient = _value_and_gradient(loss, logits, labels)
+    last = logits.detach().contiguous(memory_format=torch.channels_last_3d).requires_grad_()
+    crooked = logits.detach().transpose(2, 4).contiguous().transpose(2, 4).requires_grad_()
+    for other in (last, crooked):
+        other_value = loss(other, labels)
+        other_value.backward()
+        torch.testing.assert_close(other_value, value)
+        torch.testing.assert_close(other.grad, gradient)
+
+
+def test_keeps_only_logits_and_labels_for_backward():
+    logits, labels = _batch(n=2, c=8, shape=(16, 16, 16), dtype=torch.bfloat16, ignored=0.1)
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        value = DiceCELoss(ignore_label=IGNORE)(logits, labels)
+    homes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in saved}
+    assert homes.pop(logits.untyped_storage().data_ptr()) == 2 * 8 * 16**3 * 2
+    assert homes.pop(labels.untyped_storage().data_ptr()) == 2 * 16**3
+    assert sum(homes.values()) <= 8192  # sums of a few numbers a class
+    value.backward()
+    assert logits.grad is not None
+    assert logits.grad.dtype == torch.bfloat16
+
+
+def test_bfloat16_autocast_is_summed_in_float32():
+    head = nn.Conv3d(4, 3, 1)
+    features, (_, labels) = torch.randn(2, 4, 5, 4, 6), _batch(ignored=0.2)
+    loss = DiceCELoss(ignore_label=IGNORE)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = head(features)
+        logits.retain_grad()
+        value = loss(logits, labels)
+    value.backward()
+    assert logits.dtype == logits.grad.dtype == torch.bfloat16
+    assert value.dtype == torch.float32
+    exact, gradient = _value_and_gradient(loss, logits.double(), labels)
+    assert _number(value) == pytest.approx(_number(exact), rel=1e-6)
+    torch.testing.assert_close(logits.grad.double(), gradient, rtol=2**-8, atol=1e-9)
+    assert head.weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("deep", [False, True])
+def test_traces_on_fake_tensors(deep):
+    loss: nn.Module = DiceCELoss(ignore_label=IGNORE)
+    if deep:
+        loss = DeepSupervisionLoss(loss)
+    with FakeTensorMode():
+        logits = torch.empty(2, 3, 64, 64, 64, dtype=torch.bfloat16, requires_grad=True)
+        labels = torch.empty(2, 64, 64, 64, dtype=torch.uint8)
+        value = loss([logits, logits[..., ::2, ::2, ::2]], labels) if deep else loss(logits, labels)
+        value.backward()
+        assert value.shape == ()
+        assert logits.grad.shape == logits.shape
+
+
+def test_inference_mode_gives_the_value_alone():
+    logits, labels = _batch()
+    with torch.inference_mode():
+        assert torch.equal(DiceCELoss()(logits, labels), DiceCELoss()(logits.clone(), labels))
+
+
+def test_deep_supervision_by_hand():
+    loss = DiceCELoss(ignore_label=IGNORE)
+    _, labels = _batch(shape=(4, 8, 8), ignored=0.1)
+    outputs = [
+        torch.randn(2, 3, *shape, dtype=torch.float64)
+        for shape in ((4, 8, 8), (4, 4, 4), (2, 2, 2))
+    ]
+    parts = [
+        loss(outputs[0], labels),
+        loss(outputs[1], labels[:, :, ::2, ::2]),
+        loss(outputs[2], labels[:, ::2, ::4, ::4]),
+    ]
+    expected = sum(w * _number(p) for w, p in zip((4 / 7, 2 / 7, 1 / 7), parts, strict=True))
+    assert _number(DeepSupervisionLoss(loss)(outputs, labels)) == pytest.approx(expected, rel=1e-12)
+    alone = DeepSupervisionLoss(loss)(outputs[:1], labels)
+    assert _number(alone) == pytest.approx(_number(parts[0]), rel=1e-12)
+
+
+def test_deep_supervision_refuses_what_does_not_divide():
+    _, labels = _batch(shape=(4, 6, 6))
+    loss = DeepSupervisionLoss(DiceCELoss())
+    with pytest.raises(GeometryError, match=r"\(4, 6, 6\).*\(4, 4, 4\)"):
+        loss([torch.randn(2, 3, 4, 4, 4)], labels)
+    with pytest.raises(GeometryError, match="no outputs"):
+        loss([], labels)
+
+
+@pytest.mark.parametrize(
+    ("logits", "labels", "error", "words"),
+    [
+        ((2, 3, 4, 4, 4), (2, 1, 4, 4, 4), GeometryError, r"\(2, 1, 4, 4, 4\).*labels\[:, 0\]"),
+        ((2, 3, 4, 4, 4), (2, 4, 4, 5), GeometryError, r"\(2, 3, 4, 4, 4\).*\(2, 4, 4, 5\)"),
+        ((2, 3), (2,), GeometryError, r"\(N, C, \*S\)"),
+        ((0, 3, 4, 4, 4), (0, 4, 4, 4), GeometryError, "no voxel"),
+        ((2, 1, 4, 4, 4), (2, 4, 4, 4), PlanError, "1 output channels"),
+        ((2, 9, 4, 4, 4), (2, 4, 4, 4), PlanError, "ignore_label 7 is also a class"),
+    ],
+)
+def test_shapes_are_refused_at_the_door(logits, labels, error, words):
+    with pytest.raises(error, match=words):
+        DiceCELoss(ignore_label=7)(torch.randn(logits), torch.zeros(labels, dtype=torch.int64))
+
+
+def test_types_are_refused_at_the_door():
+    logits, labels = _batch()
+    with pytest.raises(DataError, match=r"labels are torch\.float32"):
+        DiceCELoss()(logits, labels.float())
+    with pytest.raises(DataError, match=r"logits are torch\.int64"):
+        DiceCELoss()(logits.detach().long(), labels)
+    with pytest.raises(DataError, match=r"cannot hold the ignore label -1"):
+        DiceCELoss(ignore_label=-1)(logits, labels)  # 255 == -1 in uint8
+
+
+@pytest.mark.parametrize("weights", [(0.0, 0.0), (-1.0, 2.0), (math.nan, 1.0), (math.inf, 1.0)])
+def test_weights_that_teach_nothing_are_refused(weights):
+    with pytest.raises(PlanError, match="loss weights"):
+        DiceCELoss(dice_weight=weights[0], cross_entropy_weight=weights[1])
+
+
+def test_build_loss_follows_the_plan():
+    config = LossConfig(
+        dice_weight=0.5, cross_entropy_weight=2.0, dice_background=True, dice_over_batch=False
+    )
+    loss = build_loss(config, ignore_label=IGNORE, n_classes=3)
+    logits, labels = _batch(ignored=0.2)
+    expected = _plain(
+        logits, labels, background=True, over_batch=False, ignore_label=IGNORE, weights=(0.5, 2.0)
+    )
+    assert _number(loss(logits, labels)) == pytest.approx(_number(expected), rel=1e-12)
+    for n_classes, ignore_label in ((1, None), (3, 2), (3, 0)):
+        with pytest.raises(EffsegError, match=r"expected at least 2|also a class"):
+            build_loss(config, ignore_label=ignore_label, n_classes=n_classes)
+
+
+@pytest.mark.gpu
+def test_deterministic_and_equal_on_cuda():
+    logits, labels = _batch(n=2, c=5, shape=(32, 32, 32), dtype=torch.float32, ignored=0.1)
+    loss = DiceCELoss(ignore_label=IGNORE)
+    here = _value_and_gradient(loss, logits, labels)
+    torch.use_deterministic_algorithms(True)
+    try:
+        there = [_value_and_gradient(loss, logits.cuda(), labels.cuda()) for _ in range(2)]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(there[0][1], there[1][1])
+    assert torch.equal(there[0][0], there[1][0])
+    torch.testing.assert_close(there[0][1].cpu(), here[1], atol=1e-8, rtol=1e-4)
