@@ -1,0 +1,157 @@
+"""What lies in a run folder, read for the page: plan, record, curves and scores."""
+
+import csv
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from effseg.errors import CheckpointError
+from effseg.evaluation import Scores
+from effseg.plans import Plan
+
+Columns = Mapping[str, tuple[float | None, ...]]
+
+
+class Facts(BaseModel):
+    """Frozen; what a newer version adds to a record is passed over, not refused."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+class RunMemory(Facts):
+    """The budget of a run, what its plan predicted, and what it took."""
+
+    budget_bytes: int = Field(ge=1)
+    predicted_peak_bytes: int = Field(ge=0)
+    measured_peak_bytes: int | None = Field(None, ge=0)
+    measured: str = Field("", description="what was measured, in words")
+
+
+class RunRecord(Facts):
+    """`run.json`: who trained what, when, for how long, and how it ended."""
+
+    format: Literal[1]
+    effseg: str
+    torch: str = ""
+    python: str = ""
+    dataset: str
+    fold: int | None = None
+    train: tuple[str, ...] = ()
+    validation: tuple[str, ...] = ()
+    started: datetime | None = None
+    minutes: float | None = Field(None, ge=0)
+    epochs: int | None = Field(None, ge=0)
+    steps: int | None = Field(None, ge=0)
+    best_epoch: int | None = None
+    best_score: float | None = None
+    stopped_by: str = ""
+    device: str = ""
+    n_threads: int | None = None
+    n_parameters: int | None = None
+    seed: int | None = None
+    memory: RunMemory | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder, read.
+
+    Attributes:
+        folder: where it lies.
+        plan: its plan.
+        record: `run.json`; None while the run has not ended.
+        columns: `metrics.csv` by column, None for an empty cell; empty without the file.
+        scores: each `NAME/metrics.json` by NAME, `test` and `validation` first.
+    """
+
+    folder: Path
+    plan: Plan
+    record: RunRecord | None
+    columns: Columns
+    scores: Mapping[str, Scores]
+
+
+def read_run(folder: str | Path) -> Run:
+    """Read a run folder; everything but the plan may be missing.
+
+    Raises:
+        CheckpointError: if there is no folder or no plan in it, or a record is damaged.
+        PlanError: if the plan cannot be read.
+        DataError: if scores cannot be read.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder; expected a run that effseg train wrote")
+    if not (folder / "plan.json").is_file():
+        raise CheckpointError(
+            f"{folder}: holds no plan.json, so it is no run; expected the folder that "
+            "effseg train --out named"
+        )
+    return Run(
+        folder=folder,
+        plan=Plan.load(folder / "plan.json"),
+        record=_read_record(folder / "run.json"),
+        columns=_read_columns(folder / "metrics.csv"),
+        scores={
+            path.parent.name: Scores.load(path)
+            for path in sorted(folder.glob("*/metrics.json"), key=_rank)
+        },
+    )
+
+
+def _rank(path: Path) -> tuple[int, str]:
+    """Unseen cases speak first."""
+    name = path.parent.name
+    return ({"test": 0, "validation": 1}.get(name, 2), name)
+
+
+def _read_record(path: Path) -> RunRecord | None:
+    if not path.is_file():
+        return None
+    try:
+        return RunRecord.model_validate(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON ({error}); train again") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"]) or "the record"
+        raise CheckpointError(f"{path}: {place}: {first['msg']}") from error
+
+
+def _read_columns(path: Path) -> Columns:
+    if not path.is_file():
+        return {}
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise CheckpointError(f"{path}: cannot be read as CSV ({error})") from error
+    names = [name for name in (rows[0] if rows else ()) if name]
+    return {
+        name: tuple(_cell(path, line, name, row[name]) for line, row in enumerate(rows, start=2))
+        for name in names
+    }
+
+
+def _cell(path: Path, line: int, name: str, text: str | None) -> float | None:
+    """A number, or None for an empty cell; NaN stays, so that the page can tell of it."""
+    if text is None or not text.strip():
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        raise CheckpointError(
+            f"{path}: line {line}, column {name}: {text!r}; expected a number or nothing"
+        ) from None
+
+
+def finite(values: tuple[float | None, ...]) -> list[tuple[int, float]]:
+    """The rows that hold a finite number, with it."""
+    return [(i, v) for i, v in enumerate(values) if v is not None and math.isfinite(v)]
