@@ -1,0 +1,418 @@
+"""The command line: one verb for each thing the library does.
+
+Exit codes: 0 done, 1 usage, 2 bad input, 3 out of resources, 4 internal.
+"""
+
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import click
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from effseg import __version__
+from effseg.errors import DataError, EffsegError
+
+if TYPE_CHECKING:  # the verbs import what they need: `effseg --help` waits for no torch
+    from effseg.evaluation import Scores
+    from effseg.plans import Plan
+
+USAGE, BAD_INPUT, NO_RESOURCES, INTERNAL = 1, 2, 3, 4
+
+app = typer.Typer(
+    name="effseg",
+    help="Trains and runs 3-D segmentation networks inside a memory budget that you name.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+console = Console()
+errors = Console(stderr=True)
+
+Dataset = Annotated[
+    Path,
+    typer.Argument(
+        help="nnU-Net raw or MSD folder, a folder with images/ and labels/, or a CSV of "
+        "image,label[,patient]",
+        metavar="DATASET",
+    ),
+]
+Memory = Annotated[
+    str | None, typer.Option("--memory", help="the budget, e.g. 8GiB or 500MB", metavar="SIZE")
+]
+Device = Annotated[
+    str | None, typer.Option("--device", help="cpu, cuda or cuda:1", metavar="DEVICE")
+]
+
+
+class Suite(StrEnum):
+    """The benchmark suites."""
+
+    resample = "resample"
+    memory = "memory"
+
+
+@app.callback()
+def settings(
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="say what is done")] = False,
+    version: Annotated[bool, typer.Option("--version", help="print the version")] = False,
+) -> None:
+    """Set up logging for every verb."""
+    logging.basicConfig(
+        level=logging.INFO if verbose else logging.WARNING,
+        format="%(message)s",
+        handlers=[RichHandler(console=errors, show_path=False, show_time=False)],
+        force=True,
+    )
+    if version:
+        console.print(f"effseg {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def check(dataset: Dataset) -> None:
+    """Audit geometry, labels and duplicates; exit 2 and a table if something is wrong."""
+    from effseg.dataset import audit, read_dataset
+
+    found = read_dataset(dataset)
+    with _bar("reading") as advance:
+        report = audit(found, progress=lambda done, total, name: advance(done / total, name))
+    if report.findings:
+        table = Table("case", "severity", "what", title=f"{found.name}: {len(report.findings)}")
+        for finding in report.findings:
+            colour = "red" if finding.severity == "error" else "yellow"
+            table.add_row(
+                finding.case or "(all)", f"[{colour}]{finding.severity}[/]", _plain(finding.what)
+            )
+        console.print(table)
+    values = ", ".join(f"{value} ({n:,})" for value, n in sorted(report.labels.items()))
+    console.print(f"{found.name}: {report.n_cases} cases, labels (voxels): {values}")
+    if not report.ok:
+        raise typer.Exit(BAD_INPUT)
+    console.print("[green]ready to plan[/]")
+
+
+@app.command()
+def plan(
+    dataset: Dataset,
+    memory: Annotated[str, typer.Option("--memory", help="the budget, e.g. 8GiB or 500MB")],
+    out: Annotated[Path, typer.Option("--out", help="where the plan goes")] = Path("plan.json"),
+    device: Device = None,
+) -> None:
+    """Look at every case once and plan a training that fits the budget."""
+    made = _planned(dataset, memory, device)
+    made.save(out)
+    _print_plan(made)
+    console.print(f"[green]plan[/] {out}", soft_wrap=True)
+
+
+@app.command()
+def train(
+    dataset: Dataset,
+    out: Annotated[Path, typer.Option("--out", help="the run's folder, new", metavar="RUN")],
+    plan: Annotated[Path | None, typer.Option("--plan", help="a plan.json")] = None,
+    memory: Memory = None,
+    minutes: Annotated[float | None, typer.Option("--minutes", help="of training")] = None,
+    epochs: Annotated[int | None, typer.Option("--epochs", help="in place of minutes")] = None,
+    fold: Annotated[int, typer.Option("--fold", help="which fifth is held out, from 0")] = 0,
+    device: Device = None,
+    devices: Annotated[int, typer.Option("--devices", help="processes that share the work")] = 1,
+    seed: Annotated[int | None, typer.Option("--seed", help="of weights and patches")] = None,
+) -> None:
+    """Train as planned, validate the held-out fifth, write the report."""
+    from effseg import training
+    from effseg.dataset import read_dataset
+    from effseg.plans import Plan
+
+    if (plan is None) == (memory is None):
+        raise typer.BadParameter("give --plan PLAN or --memory SIZE, one of the two")
+    if (minutes is not None) and (epochs is not None):
+        raise typer.BadParameter("give --minutes or --epochs, one of the two")
+    found = read_dataset(dataset)
+    if plan is not None:
+        made = Plan.load(plan)
+    else:
+        assert memory is not None
+        made = _planned(dataset, memory, device)
+    _print_plan(made)
+    with _training_bars(len(found.cases)) as (preparing, progress):
+        run = training.train(
+            made,
+            found,
+            out=out,
+            minutes=minutes,
+            epochs=epochs,
+            fold=fold,
+            device=device,
+            devices=devices,
+            seed=seed,
+            preparing=preparing,
+            progress=progress,
+        )
+    from effseg.report import write_report
+    from effseg.validation import validate
+
+    with _bar("validating") as advance:
+        scores = validate(run, progress=advance)
+    _print_scores(scores)
+    console.print(f"[green]run[/] {run}", soft_wrap=True)
+    console.print(f"[green]report[/] {write_report(run).resolve()}", soft_wrap=True)
+
+
+@app.command()
+def predict(
+    run: Annotated[Path, typer.Argument(help="a run's folder", metavar="RUN")],
+    inputs: Annotated[
+        list[Path],
+        typer.Argument(help="images, folders of images, DICOM folders or zips", metavar="INPUT..."),
+    ],
+    out: Annotated[Path, typer.Option("--out", help="folder for the label maps")],
+    memory: Memory = None,
+    tta: Annotated[bool, typer.Option("--tta", help="average over the 8 mirrors")] = False,
+    device: Device = None,
+) -> None:
+    """Label images on their own grids; a case that fails is named and the others go on."""
+    from effseg.inference import find_images, load_run
+    from effseg.inference import predict as predict_one
+    from effseg.memory import PeakResident
+    from effseg.plans import format_bytes
+
+    loaded = load_run(run)
+    cases = find_images(inputs, n_channels=len(loaded.plan.channels))
+    failures: list[tuple[str, EffsegError]] = []
+    resident = PeakResident().start()
+    with _bar("labelling", len(cases)) as advance:
+        for done, (name, image) in enumerate(cases.items()):
+            advance(done, name)
+            try:
+                predict_one(
+                    loaded,
+                    image,
+                    out=out / f"{name}.nii.gz",
+                    memory=memory,
+                    tta=tta,
+                    device=device,
+                    progress=_within(advance, done, name),
+                )
+            except EffsegError as error:
+                failures.append((name, error))
+        advance(len(cases), "")
+    for name, failure in failures:
+        errors.print(f"[red]failed[/] {name}: {_plain(str(failure))}", soft_wrap=True)
+    console.print(
+        f"{len(cases) - len(failures)} of {len(cases)} label maps in {out}; "
+        f"peak memory {format_bytes(resident.stop())} above what the imports hold",
+        soft_wrap=True,
+    )
+    if failures:
+        raise typer.Exit(max(failure.exit_code for _, failure in failures))
+
+
+@app.command()
+def evaluate(
+    predictions: Annotated[Path, typer.Argument(help="folder or file", metavar="PREDICTIONS")],
+    references: Annotated[Path, typer.Argument(help="folder or file", metavar="REFERENCES")],
+    out: Annotated[Path, typer.Option("--out", help="where the scores go")] = Path("metrics.json"),
+    images: Annotated[
+        Path | None, typer.Option("--images", help="folder of the images, for a report")
+    ] = None,
+    tolerance_mm: Annotated[
+        float, typer.Option("--tolerance-mm", help="of the surface Dice")
+    ] = 1.0,
+    ignore_label: Annotated[
+        int | None, typer.Option("--ignore-label", help="left out of the score")
+    ] = None,
+) -> None:
+    """Score label maps against references, in mm, per case, label and lesion."""
+    from effseg.evaluation import evaluate as evaluate_all
+
+    with _bar("scoring") as advance:
+        scores = evaluate_all(
+            predictions,
+            references,
+            out=out,
+            images=images,
+            tolerance_mm=tolerance_mm,
+            ignore_label=ignore_label,
+            progress=lambda done, total: advance(done / max(total, 1), ""),
+        )
+    _print_scores(scores)
+    console.print(f"[green]scores[/] {out}", soft_wrap=True)
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="a run's folder", metavar="RUN")]) -> None:
+    """Write one self-contained HTML page about a run."""
+    from effseg.report import write_report
+
+    console.print(f"[green]report[/] {write_report(run).resolve()}", soft_wrap=True)
+
+
+@app.command()
+def benchmark(
+    suite: Annotated[Suite, typer.Option("--suite", help="which suite")] = Suite.memory,
+) -> None:
+    """Run a benchmark suite of a source checkout: one table, bytes beside seconds."""
+    import subprocess
+
+    folder = Path(__file__).resolve().parent.parent / "benchmarks"
+    script = folder / f"bench_{suite.value}.py"
+    if not script.is_file():
+        raise DataError(
+            f"{script}: not there; the benchmarks come with the source: clone the repository and "
+            "install it with `pip install -e .`"
+        )
+    raise typer.Exit(subprocess.call([sys.executable, str(script)]))  # noqa: S603 - our own file
+
+
+def main() -> None:
+    """Run the command line; every failure is one line and an exit code."""
+    try:
+        app(standalone_mode=False)
+    except click.exceptions.Exit as stop:
+        sys.exit(stop.exit_code)
+    except click.exceptions.Abort:
+        errors.print("stopped")
+        sys.exit(130)
+    except click.ClickException as error:
+        errors.print(f"[red]usage[/] {_plain(error.format_message())}", soft_wrap=True)
+        errors.print("`effseg --help` lists the verbs, `effseg VERB --help` their options")
+        sys.exit(USAGE)
+    except EffsegError as error:
+        errors.print(f"[red]error[/] {_plain(str(error))}", soft_wrap=True)
+        sys.exit(error.exit_code)
+    except MemoryError:
+        errors.print("[red]error[/] out of memory; give a smaller --memory, which plans for less")
+        sys.exit(NO_RESOURCES)
+    except KeyboardInterrupt:
+        errors.print("stopped")
+        sys.exit(130)
+
+
+def _planned(dataset: Path, memory: str, device: str | None) -> "Plan":
+    from effseg.planner import plan as make_plan
+    from effseg.plans import parse_bytes
+
+    parse_bytes(memory)  # refuse a budget that is none before reading a whole data set
+    with _bar("reading") as advance:
+        return make_plan(
+            dataset,
+            memory=memory,
+            device=device,
+            progress=lambda done, total, name: advance(done / total, name),
+        )
+
+
+def _print_plan(made: "Plan") -> None:
+    table = Table("choice", "value", "because", title=f"plan for {made.dataset}")
+    values = {
+        "device": made.device,
+        "precision": made.precision,
+        "spacing": " x ".join(f"{s:.3g}" for s in made.spacing) + " mm",
+        "patch_size": " x ".join(map(str, made.patch_size)),
+        "batch_size": str(made.batch_size),
+    }
+    for choice, why in made.reasons.items():
+        table.add_row(choice, values.get(choice, ""), _plain(why))
+    console.print(table)
+
+
+def _print_scores(scores: "Scores") -> None:
+    rows = scores.summary()
+    if not rows:
+        return
+    table = Table(title=f"{len(scores.cases)} cases")
+    for column in rows[0]:
+        table.add_column(str(column))
+    for row in rows:
+        table.add_row(*(_cell(value) for value in row.values()))
+    console.print(table)
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _plain(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+@contextmanager
+def _bar(what: str, total: int | None = None) -> Iterator[Callable[[float, str], None]]:
+    """A progress bar; the function moves it to (done, of `total` or of 1) and names the item."""
+    columns = [
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn() if total is not None else TaskProgressColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[item]}"),
+    ]
+    with Progress(*columns, console=errors, transient=True) as bar:
+        task = bar.add_task(what, total=total or 1, item="")
+
+        def advance(done: float, item: str) -> None:
+            bar.update(task, completed=done, item=item)
+
+        yield advance
+
+
+def _within(
+    advance: Callable[[float, str], None], done: int, name: str
+) -> Callable[[int, int], None]:
+    """The progress of one case of several, from its windows."""
+    return lambda windows, total: advance(done + windows / total, name)
+
+
+@contextmanager
+def _training_bars(
+    n_cases: int,
+) -> Iterator[tuple[Callable[[int, int], None], Callable[..., None]]]:
+    """Bars for preparing the cases and for training: loss, Dice and the time left."""
+    from effseg.training import TrainingState
+
+    columns = [
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[state]}"),
+    ]
+    with Progress(*columns, console=errors) as bar:
+        preparing = bar.add_task("preparing", total=n_cases, state="")
+        training = bar.add_task("training", total=1.0, state="")
+
+        def prepared(done: int, total: int) -> None:
+            bar.update(preparing, completed=done, total=total)
+
+        def trained(state: TrainingState) -> None:
+            left = f"{int(state.seconds_left) // 60}:{int(state.seconds_left) % 60:02d}"
+            dice = "" if state.dice is None else f", Dice {state.dice:.3f}"
+            bar.update(
+                training,
+                completed=state.fraction,
+                state=f"epoch {state.epoch}, loss {state.loss:.3f}{dice}, {left} left",
+            )
+
+        yield prepared, trained
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,8 @@
+"""Trained networks over new images."""
+
+from effseg.inference.inputs import find_images
+from effseg.inference.prediction import Forecast, forecast, predict
+from effseg.inference.predictor import Predictor
+from effseg.inference.run import Run, load_run
+
+__all__ = ["Forecast", "Predictor", "Run", "find_images", "forecast", "load_run", "predict"]

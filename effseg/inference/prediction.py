@@ -1,0 +1,157 @@
+"""From a run and an image to a label map on the image's own grid."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from effseg.dataset import Case, read_image
+from effseg.errors import MemoryBudgetError
+from effseg.inference.predictor import DTYPES, Predictor, Progress
+from effseg.inference.run import Run, load_run
+from effseg.io import read_grid, read_volume, write_volume
+from effseg.memory import trace_forward
+from effseg.plans import PostprocessConfig, format_bytes, parse_bytes
+from effseg.postprocess import describe, remove_components
+from effseg.preprocess import prepare_image, restore_labels
+from effseg.tiling import padding
+from effseg.types import Shape3
+from effseg.volume import Grid, Volume
+
+logger = logging.getLogger("effseg")
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What labelling one image takes at most, in bytes, the network's weights included.
+
+    Attributes:
+        peak_bytes: the largest of the three stages.
+        reading_bytes: the image as read and as prepared.
+        sliding_bytes: the prepared image, the sums of the windows and one pass of the network.
+        restoring_bytes: the logits, two of them resampled to the image's grid, and the labels.
+    """
+
+    reading_bytes: int
+    sliding_bytes: int
+    restoring_bytes: int
+
+    @property
+    def peak_bytes(self) -> int:
+        """The largest of the three stages."""
+        return max(self.reading_bytes, self.sliding_bytes, self.restoring_bytes)
+
+
+def predict(
+    run: str | Path | Run,
+    image: str | Path | Volume | Case,
+    *,
+    out: str | Path | None = None,
+    memory: str | int | None = None,
+    tta: bool = False,
+    device: str | None = None,
+    postprocess: PostprocessConfig | None = None,
+    progress: Progress | None = None,
+) -> Volume:
+    """Label an image with a trained run.
+
+    The image is brought to canonical axes and the plan's spacing and normalisation, the network
+    slides over it, the logits are resampled to the image's own grid, and components that the
+    plan's rule calls noise are removed.
+
+    Args:
+        run: a run's folder, or a loaded `Run`.
+        image: a file, a DICOM folder or zip, a `Volume`, or a `Case` whose files are the channels.
+        out: also write the label map there; its suffix names the format.
+        memory: a budget such as "4GiB" for what this call takes; None: no limit.
+        tta: average the logits over the 8 mirrors.
+        device: "cpu" or "cuda"; None: the plan's, or the CPU where that is not there.
+        postprocess: a rule in place of the plan's.
+        progress: called with (windows done, windows in all).
+
+    Returns:
+        A label map on the image's grid, in the smallest unsigned type.
+
+    Raises:
+        MemoryBudgetError: before anything large is allocated, if the budget is too small.
+        DataError: if the image cannot be read or has another number of channels.
+        CheckpointError: if the run cannot be loaded.
+    """
+    if not isinstance(run, Run):
+        run = load_run(run)
+    plan = run.plan
+    grid = image.grid if isinstance(image, Volume) else read_grid(_first_file(image))[0]
+    expected = forecast(run, grid)
+    logger.info("predicting at most %s for this image", format_bytes(expected.peak_bytes))
+    if memory is not None and expected.peak_bytes > parse_bytes(memory):
+        raise MemoryBudgetError(
+            f"an image of {grid.shape} voxels takes {format_bytes(expected.peak_bytes)}, "
+            f"the budget is {format_bytes(parse_bytes(memory))}; "
+            f"--memory {-(-expected.peak_bytes // 2**20)}MiB would do"
+        )
+    if isinstance(image, Case):
+        volume = read_image(image)
+    else:
+        volume = image if isinstance(image, Volume) else read_volume(image)
+    prepared = prepare_image(volume, plan)
+    del volume
+    predictor = Predictor(
+        run.network,
+        plan.patch_size,
+        overlap=plan.inference.overlap,
+        tta=tta,
+        device=device or plan.device,
+        window_batch=plan.inference.window_batch,
+        precision=plan.precision,
+    )
+    labels = restore_labels(predictor.logits(prepared.image, progress=progress), prepared, plan)
+    rule = postprocess or plan.inference.postprocess
+    cleaned, removals = remove_components(labels.array, labels.grid.voxel_mm3, rule)
+    logger.info("%s", describe(rule, removals))
+    result = Volume(array=cleaned, grid=labels.grid)
+    if out is not None:
+        write_volume(result, out)
+    return result
+
+
+def forecast(run: Run, grid: Grid) -> Forecast:
+    """Predict the memory of labelling an image on this grid, before anything is allocated."""
+    plan = run.plan
+    n_channels, n_classes = len(plan.channels), len(plan.labels)
+    canonical = grid.reordered(grid.canonical_axes())
+    inner = canonical.with_spacing(plan.spacing)
+    padded = _padded_voxels(inner.shape, plan.patch_size)
+    weights = sum(p.numel() * p.element_size() for p in run.network.parameters())
+    window = trace_forward(
+        run.network,
+        (plan.inference.window_batch, n_channels, *plan.patch_size),
+        autocast=DTYPES.get(plan.precision),
+        device="cuda" if plan.device.startswith("cuda") else "cpu",
+    )
+    native = grid.n_voxels
+    image = 4 * n_channels * inner.n_voxels
+    logits = 4 * n_classes * inner.n_voxels
+    label_bytes = np.min_scalar_type(max(label.value for label in plan.labels)).itemsize
+    return Forecast(
+        # as read (float32 at worst), resampled, normalised
+        reading_bytes=weights + 4 * n_channels * native + 2 * image,
+        # the padded image, sums and weights, then the sums' part that is kept
+        sliding_bytes=weights
+        + 4 * (n_channels + n_classes + 1) * padded
+        + image
+        + window.peak_bytes,
+        # best and rival of two classes, a mask, two copies of the labels
+        restoring_bytes=weights + image + logits + native * (4 + 4 + 1 + 2 * label_bytes),
+    )
+
+
+def _first_file(image: str | Path | Case) -> str | Path:
+    return image.images[0] if isinstance(image, Case) else image
+
+
+def _padded_voxels(shape: Shape3, window: Shape3) -> int:
+    lengths = [
+        n + before + after for n, (before, after) in zip(shape, padding(shape, window), strict=True)
+    ]
+    return lengths[0] * lengths[1] * lengths[2]

@@ -1,0 +1,6 @@
+"""How a plan is made: look at the data once, then find what fits the budget."""
+
+from effseg.planner.facts import fingerprint
+from effseg.planner.planning import plan
+
+__all__ = ["fingerprint", "plan"]

@@ -1,0 +1,209 @@
+"""From a fingerprint and a budget to a plan, every number with its reason."""
+
+from pathlib import Path
+from typing import Literal, cast
+
+from effseg.dataset import Dataset, read_dataset
+from effseg.planner.facts import Progress, fingerprint
+from effseg.planner.geometry import Stages, median_shape, target_spacing
+from effseg.planner.machine import choose_device, choose_precision
+from effseg.planner.search import Answer, Question, search
+from effseg.plans import (
+    AugmentConfig,
+    Channel,
+    ChannelFacts,
+    Fingerprint,
+    InferenceConfig,
+    Label,
+    LossConfig,
+    Memory,
+    NetworkConfig,
+    Normalisation,
+    Plan,
+    PostprocessConfig,
+    TrainingConfig,
+    format_bytes,
+    parse_bytes,
+)
+from effseg.postprocess import DEFAULT_FRACTION
+
+STEM_CHANNELS = 16
+GROWTH_RATE = 16
+BOTTLENECK = 2
+ENCODER_LAYERS = (1, 2, 4, 4, 4, 4)
+DECODER_LAYERS = (1, 2, 2, 2, 2)
+"""Few layers at full resolution, where each costs most: context comes from the coarse stages."""
+SMALL_SHARE = 0.01
+"""Small components may be noise while less of a label's volume than this lies in them."""
+
+
+def plan(
+    dataset: Dataset | str | Path | Fingerprint,
+    *,
+    memory: str | int,
+    device: str | None = None,
+    progress: Progress | None = None,
+) -> Plan:
+    """Plan a training that fits a memory budget; nothing is trained or allocated for it.
+
+    Args:
+        dataset: a `Dataset`, its folder or CSV, or a fingerprint taken before.
+        memory: the budget: of the GPU, or of this process beyond its imports on a CPU; "8GiB".
+        device: "cpu" or "cuda", which need not be here; None: CUDA where torch sees it.
+        progress: called after each case that is read.
+
+    Returns:
+        The plan; `plan.reasons` says why each choice was made.
+
+    Raises:
+        PlanError: if the budget is no size or the device unknown.
+        MemoryBudgetError: if nothing fits; says what would.
+        DataError: if a case cannot be used.
+    """
+    budget = parse_bytes(memory)
+    device, why_device = choose_device(device)
+    if isinstance(dataset, Fingerprint):
+        facts = dataset
+    else:
+        if not isinstance(dataset, Dataset):
+            dataset = read_dataset(dataset)
+        facts = fingerprint(dataset, progress=progress)
+    spacing, why_spacing = target_spacing(facts)
+    precision, why_precision = choose_precision(device)
+    median = median_shape(facts, spacing)
+    loss = LossConfig()
+    answer = search(
+        Question(
+            budget_bytes=budget,
+            median=median,
+            spacing=spacing,
+            build_config=lambda stages: network_config(facts, stages),
+            loss=loss,
+            ignored=facts.ignore_label is not None,
+            precision=precision,
+            device=device,
+        )
+    )
+    step = answer.step
+    rule, why_rule = choose_postprocess(facts)
+    channels = tuple(Channel(name=c.name, normalisation=normalisation(c)) for c in facts.channels)
+    labels = (
+        Label(value=0, name="background"),
+        *(Label(value=label.value, name=label.name) for label in facts.labels),
+    )
+    reasons = {
+        "device": why_device,
+        "precision": why_precision,
+        "spacing": why_spacing,
+        "patch_size": _why_patch(answer, median, budget),
+        "batch_size": _why_batch(answer, budget),
+        "network": _why_network(step.network),
+        "memory": (
+            f"{format_bytes(step.peak_bytes)} of {format_bytes(budget)}: "
+            f"{format_bytes(step.report.peak_bytes)} of tensors at the peak of a training step, "
+            f"{format_bytes(step.report.saved_bytes)} of them kept from forward to backward; "
+            "traced, not run"
+        ),
+        "normalisation": "; ".join(
+            f"{c.name}: {'CT' if c.is_ct else 'z-score'}, {c.why}" for c in facts.channels
+        ),
+        "postprocess": why_rule,
+    }
+    return Plan(
+        dataset=facts.dataset,
+        channels=channels,
+        labels=labels,
+        ignore_label=facts.ignore_label,
+        spacing=spacing,
+        patch_size=step.patch,
+        batch_size=step.batch,
+        precision=cast("Literal['float32', 'bfloat16', 'float16']", precision),
+        device=device,
+        network=step.network,
+        training=TrainingConfig(loss=loss, augment=AugmentConfig()),
+        inference=InferenceConfig(window_batch=step.batch, postprocess=rule),
+        memory=Memory(
+            budget_bytes=budget,
+            peak_bytes=step.peak_bytes,
+            saved_bytes=step.report.saved_bytes,
+        ),
+        reasons=reasons,
+        fingerprint=facts,
+    )
+
+
+def network_config(facts: Fingerprint, stages: Stages) -> NetworkConfig:
+    """The flagship for these stages."""
+    n = len(stages.strides)
+    return NetworkConfig(
+        in_channels=len(facts.channels),
+        out_channels=1 + len(facts.labels),
+        stem_channels=STEM_CHANNELS,
+        growth_rate=GROWTH_RATE,
+        bottleneck=BOTTLENECK,
+        encoder_layers=ENCODER_LAYERS[:n],
+        decoder_layers=DECODER_LAYERS[: n - 1],
+        strides=stages.strides,
+        kernels=stages.kernels,
+    )
+
+
+def normalisation(channel: ChannelFacts) -> Normalisation:
+    """CT: clip to the foreground's 0.5 and 99.5 percentiles and scale; else z-score an image."""
+    if not channel.is_ct:
+        return Normalisation(kind="zscore")
+    low, _, high = channel.foreground_percentiles
+    return Normalisation(
+        kind="ct",
+        low=low,
+        high=max(high, low + 1.0),
+        mean=channel.foreground_mean,
+        std=max(channel.foreground_std, 1.0),
+    )
+
+
+def choose_postprocess(facts: Fingerprint) -> tuple[PostprocessConfig, str]:
+    """Whether small components are noise in this data set, and why."""
+    smallest = min(label.component_mm3[0] for label in facts.labels)
+    share = max(label.small_share for label in facts.labels)
+    if share < SMALL_SHARE:
+        return PostprocessConfig(fraction_of_largest=DEFAULT_FRACTION), (
+            f"components under a third of their label's largest hold {share:.2%} of a label's "
+            "volume in the references: in a prediction they are noise"
+        )
+    return PostprocessConfig(minimum_mm3=smallest / 2), (
+        f"components under a third of their label's largest hold {share:.1%} of a label's volume "
+        f"in the references, so they are real; half the smallest one, {smallest / 2:.3g} mm3, "
+        "bounds noise"
+    )
+
+
+def _why_patch(answer: Answer, median: tuple[int, int, int], budget: int) -> str:
+    if answer.too_large is None:
+        return f"the median case, {_times(median)} voxels, whole"
+    next_one = answer.too_large
+    return (
+        f"the median case has {_times(median)} voxels; {_times(next_one.patch)} would need "
+        f"{format_bytes(next_one.peak_bytes)}, the budget is {format_bytes(budget)}"
+    )
+
+
+def _why_batch(answer: Answer, budget: int) -> str:
+    step = answer.step
+    return (
+        f"at least 2, at most 4, after the patch; {step.batch} samples take "
+        f"{format_bytes(step.peak_bytes)} of {format_bytes(budget)}"
+    )
+
+
+def _why_network(config: NetworkConfig) -> str:
+    layers = sum(config.encoder_layers) + sum(config.decoder_layers)
+    return (
+        f"{len(config.strides)} stages, {layers} dense layers of growth rate "
+        f"{config.growth_rate}; an axis is halved while 4 voxels remain and it is not twice as "
+        "coarse as the finest"
+    )
+
+
+def _times(shape: tuple[int, int, int]) -> str:
+    return " x ".join(str(n) for n in shape)

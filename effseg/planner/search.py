@@ -1,0 +1,151 @@
+"""Patch and batch that fit the budget, found by tracing the real training step."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+from torch.optim import AdamW
+
+from effseg.errors import MemoryBudgetError
+from effseg.losses import DeepSupervisionLoss, build_loss
+from effseg.memory import MemoryReport, trace_peak
+from effseg.networks import build_network
+from effseg.planner.geometry import Stages, shrinking_patches
+from effseg.plans import LossConfig, NetworkConfig, format_bytes
+from effseg.types import Shape3, Spacing
+
+SMALLEST_BATCH = 2
+LARGEST_BATCH = 4
+"""Past it, more steps teach more than larger batches."""
+HOST_RESERVE_BYTES = 64 * 2**20
+"""Of a CPU's budget, for what is no tensor: threads' buffers, the convolutions' own workspace."""
+HOST_SLACK = 1.1
+"""Resident memory over tensor bytes: freed memory that the allocator keeps."""
+DEVICE_RESERVE_BYTES = 600 * 2**20
+"""Of a GPU's budget, for the CUDA context and cuDNN's workspace."""
+
+DTYPES: dict[str, torch.dtype | None] = {
+    "float32": None,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One training step that might be taken, and what it takes.
+
+    Attributes:
+        patch: voxels.
+        batch: samples.
+        network: its configuration.
+        report: of the traced step, tensor bytes.
+        peak_bytes: predicted, with what is no tensor.
+    """
+
+    patch: Shape3
+    batch: int
+    network: NetworkConfig
+    report: MemoryReport
+    peak_bytes: int
+
+
+@dataclass(frozen=True)
+class Question:
+    """What stays the same over a search."""
+
+    budget_bytes: int
+    median: Shape3
+    spacing: Spacing
+    build_config: Callable[[Stages], NetworkConfig]
+    loss: LossConfig
+    ignored: bool
+    precision: str
+    device: str
+
+    def step(self, patch: Shape3, stages: Stages, batch: int) -> Step:
+        """Trace one candidate; nothing is allocated."""
+        config = self.build_config(stages)
+        n_classes = config.out_channels
+        loss = build_loss(
+            self.loss, ignore_label=n_classes if self.ignored else None, n_classes=n_classes
+        )
+        kind: Literal["cpu", "cuda"] = "cuda" if self.device.startswith("cuda") else "cpu"
+        with torch.device("meta"):
+            network = build_network(config)
+        report = trace_peak(
+            network,
+            (batch, config.in_channels, *patch),
+            loss=DeepSupervisionLoss(loss) if config.deep_supervision else loss,
+            label_shape=(batch, *patch),
+            label_dtype=torch.uint8,
+            optimizer=partial(AdamW, lr=1e-3),
+            autocast=DTYPES[self.precision],
+            device=kind,
+        )
+        # the averaged weights stand beside the network's own
+        tensors = report.peak_bytes + report.parameter_bytes
+        if kind == "cuda":
+            peak = tensors + DEVICE_RESERVE_BYTES
+        else:
+            peak = round(tensors * HOST_SLACK) + HOST_RESERVE_BYTES
+        return Step(patch=patch, batch=batch, network=config, report=report, peak_bytes=peak)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The step that was chosen, and the next larger patch that did not fit, if there is one."""
+
+    step: Step
+    too_large: Step | None
+
+
+def search(question: Question) -> Answer:
+    """The largest patch that fits with a batch of 2, then the largest batch up to 4.
+
+    Raises:
+        MemoryBudgetError: if the smallest patch does not fit; says what would.
+    """
+    candidates = list(shrinking_patches(question.median, question.spacing))
+    traced: dict[int, Step] = {}
+
+    def fits(index: int) -> bool:
+        patch, stages = candidates[index]
+        traced[index] = question.step(patch, stages, SMALLEST_BATCH)
+        return traced[index].peak_bytes <= question.budget_bytes
+
+    # patches shrink from candidate to candidate, so bisect for the first that fits
+    if fits(0):
+        low = 0
+    else:
+        low, high = 1, len(candidates)
+        while low < high:
+            middle = (low + high) // 2
+            if fits(middle):
+                high = middle
+            else:
+                low = middle + 1
+    if low == len(candidates):
+        smallest = traced[low - 1]
+        raise MemoryBudgetError(
+            f"a budget of {format_bytes(question.budget_bytes)}; the smallest patch worth training "
+            f"on, {_times(smallest.patch)} at batch {SMALLEST_BATCH}, takes "
+            f"{format_bytes(smallest.peak_bytes)}: "
+            f"--memory {-(-smallest.peak_bytes // 2**20)}MiB would do"
+        )
+    if low not in traced:
+        fits(low)
+    best = traced[low]
+    patch, stages = candidates[low]
+    for batch in range(LARGEST_BATCH, SMALLEST_BATCH, -1):
+        larger = question.step(patch, stages, batch)
+        if larger.peak_bytes <= question.budget_bytes:
+            best = larger
+            break
+    return Answer(step=best, too_large=traced.get(low - 1))
+
+
+def _times(shape: Shape3) -> str:
+    return " x ".join(str(n) for n in shape)

@@ -1,0 +1,226 @@
+"""What happens beside the steps: the log, the best weights, the record, the progress."""
+
+import csv
+import json
+import os
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from safetensors.torch import save_file
+
+import effseg
+from effseg.memory import PeakResident
+from effseg.plans import Plan
+from effseg.training.module import SegmentationModule
+
+StoppedBy = Literal["minutes", "epochs", "patience", "interrupt", "running"]
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """What a progress callback is told after each step.
+
+    Attributes:
+        fraction: of the run that is over, 0 to 1.
+        epoch: from 0.
+        step: steps done.
+        loss: of the last step.
+        dice: of the last validation; None before the first.
+        seconds_left: estimated.
+    """
+
+    fraction: float
+    epoch: int
+    step: int
+    loss: float
+    dice: float | None
+    seconds_left: float
+
+
+class ProgressReport(pl.Callback):  # type: ignore[misc]  # Lightning ships no types
+    """Tells a function how far the training is."""
+
+    def __init__(self, report: Callable[[TrainingState], None]) -> None:
+        self.report = report
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: SegmentationModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """After each step, in the first process."""
+        del batch, batch_idx
+        if not trainer.is_global_zero:
+            return
+        clock, step = pl_module.clock, trainer.global_step
+        fraction, seconds = clock.fraction(step), clock.elapsed_seconds
+        dice = trainer.callback_metrics.get("validation_dice")
+        self.report(
+            TrainingState(
+                fraction=fraction,
+                epoch=trainer.current_epoch,
+                step=step,
+                loss=float(outputs["loss"]),
+                dice=None if dice is None else float(dice),
+                seconds_left=seconds * (1 / fraction - 1) if fraction > 0 else 0.0,
+            )
+        )
+
+
+class MetricsLog(pl.Callback):  # type: ignore[misc]
+    """One line an epoch in metrics.csv, written as soon as it is known."""
+
+    def __init__(self, path: Path, plan: Plan, resident: PeakResident) -> None:
+        self.path = path
+        self.resident = resident
+        labels = [f"validation_dice_{label.name}" for label in plan.labels[1:]]
+        self.columns = (
+            *("epoch", "step", "minutes", "learning_rate", "loss", "validation_loss"),
+            *("validation_dice", *labels, "peak_bytes"),
+        )
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: SegmentationModule) -> None:
+        """After training and validation of an epoch, in the first process."""
+        if not trainer.is_global_zero:
+            return
+        known = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        known |= {
+            "epoch": trainer.current_epoch,
+            "step": trainer.global_step,
+            "minutes": round(pl_module.clock.elapsed_seconds / 60, 4),
+            "learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
+            "peak_bytes": measured_peak(trainer, self.resident),
+        }
+        new = not self.path.exists()
+        with self.path.open("a", newline="", encoding="utf-8") as file:
+            table = csv.DictWriter(file, self.columns, extrasaction="ignore", restval="")
+            if new:
+                table.writeheader()
+            table.writerow(known)
+
+
+class BestWeights(pl.Callback):  # type: ignore[misc]
+    """Keeps the averaged weights of the best validation Dice, whole or not at all."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.best_score = -1.0
+        self.best_epoch = -1
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: SegmentationModule) -> None:
+        """After each validation, in the first process."""
+        score = float(trainer.callback_metrics.get("validation_dice", -1.0))
+        if not trainer.is_global_zero or score <= self.best_score:
+            return
+        self.best_score, self.best_epoch = score, trainer.current_epoch
+        state = pl_module.averaged.module.state_dict()
+        temporary = self.path.with_name(f".{self.path.name}.part")
+        save_file({name: tensor.cpu().contiguous() for name, tensor in state.items()}, temporary)
+        replace_durably(temporary, self.path)
+
+
+@dataclass
+class RunRecord(pl.Callback):  # type: ignore[misc]
+    """Keeps run.json true: what was trained on what, for how long, in how much memory."""
+
+    path: Path
+    plan: Plan
+    dataset: Path
+    fold: int
+    train: tuple[str, ...]
+    validation: tuple[str, ...]
+    best: BestWeights
+    resident: PeakResident
+    notes: tuple[str, ...] = ()
+    started: str = field(default_factory=lambda: datetime.now().isoformat(timespec="seconds"))
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: SegmentationModule) -> None:
+        """After each epoch, in the first process."""
+        self._write(trainer, pl_module, stopped_by="running")
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: SegmentationModule) -> None:
+        """Once training is over, for whatever reason."""
+        self._write(trainer, pl_module, stopped_by=_stopped_by(trainer, pl_module))
+
+    def _write(
+        self, trainer: pl.Trainer, pl_module: SegmentationModule, *, stopped_by: StoppedBy
+    ) -> None:
+        if not trainer.is_global_zero:
+            return
+        on_gpu = pl_module.device.type == "cuda"
+        record = {
+            "format": 1,
+            "effseg": effseg.__version__,
+            "torch": torch.__version__,
+            "lightning": _version("lightning"),
+            "monai": _version("monai"),
+            "python": platform.python_version(),
+            "dataset": str(self.dataset),
+            "fold": self.fold,
+            "train": list(self.train),
+            "validation": list(self.validation),
+            "started": self.started,
+            "minutes": round(pl_module.clock.elapsed_seconds / 60, 3),
+            "epochs": trainer.current_epoch + 1,
+            "steps": trainer.global_step,
+            "best_epoch": self.best.best_epoch,
+            "best_score": self.best.best_score,
+            "stopped_by": stopped_by,
+            "device": str(pl_module.device),
+            "n_devices": trainer.world_size,
+            "n_threads": torch.get_num_threads(),
+            "n_parameters": sum(p.numel() for p in pl_module.network.parameters()),
+            "seed": self.plan.training.seed,
+            "memory": {
+                "budget_bytes": self.plan.memory.budget_bytes,
+                "predicted_peak_bytes": self.plan.memory.peak_bytes,
+                "measured_peak_bytes": measured_peak(trainer, self.resident),
+                "measured": (
+                    "CUDA allocator" if on_gpu else "resident memory above that before training"
+                ),
+            },
+            "notes": list(self.notes),
+        }
+        temporary = self.path.with_name(f".{self.path.name}.part")
+        temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        replace_durably(temporary, self.path)
+
+
+def measured_peak(trainer: pl.Trainer, resident: PeakResident) -> int:
+    """The most memory since training began, bytes: the device's, or this process's on a CPU."""
+    device = trainer.strategy.root_device
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    return resident.peak_bytes
+
+
+def replace_durably(temporary: Path, path: Path) -> None:
+    """Put a finished file in its place; a crash leaves the old one or the new one."""
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _stopped_by(trainer: pl.Trainer, module: SegmentationModule) -> StoppedBy:
+    if trainer.interrupted:
+        return "interrupt"
+    if module.clock.fraction(trainer.global_step) >= 1:
+        return "minutes" if module.plan.training.minutes is not None else "epochs"
+    return "patience"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,232 @@
+"""The main job: a plan and a data set become a run."""
+
+import logging
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from effseg.dataset import Dataset, Fold, folds, read_dataset
+from effseg.errors import DataError, EffsegError, PlanError
+from effseg.memory import PeakResident
+from effseg.plans import Plan
+from effseg.training.callbacks import (
+    BestWeights,
+    MetricsLog,
+    ProgressReport,
+    RunRecord,
+    TrainingState,
+)
+from effseg.training.data import PatchData
+from effseg.training.module import SegmentationModule
+
+logger = logging.getLogger("effseg")
+
+N_FOLDS = 5
+PRECISIONS = {"float32": "32-true", "bfloat16": "bf16-mixed", "float16": "16-mixed"}
+
+
+def train(
+    plan: Plan | str | Path,
+    dataset: Dataset | str | Path,
+    *,
+    out: str | Path,
+    minutes: float | None = None,
+    epochs: int | None = None,
+    fold: int = 0,
+    device: str | None = None,
+    devices: int = 1,
+    seed: int | None = None,
+    notes: tuple[str, ...] = (),
+    preparing: Callable[[int, int], None] | None = None,
+    progress: Callable[[TrainingState], None] | None = None,
+) -> Path:
+    """Train a network as planned.
+
+    One fifth of the cases (fold `fold` of 5, whole patients where the data set names them) is held
+    out for validation; fewer cases than 5 make fewer folds. The same plan, data, seed and epochs
+    give the same weights on a CPU.
+
+    Args:
+        plan: a `Plan` or its file.
+        dataset: a `Dataset` or its folder or CSV.
+        out: the run's folder; it must not hold anything yet.
+        minutes: wall clock of the training steps, in place of the plan's.
+        epochs: in place of the plan's; give one of the two, or neither if the plan has it.
+        fold: which fifth is held out, from 0.
+        device: "cpu" or "cuda", in place of the plan's.
+        devices: processes that share the work (DDP), each with its own batch.
+        seed: in place of the plan's.
+        notes: sentences that the report repeats, such as where the data come from.
+        preparing: called with (cases prepared, cases in all).
+        progress: called after each step.
+
+    Returns:
+        The run's folder: plan.json, run.json, metrics.csv, model.safetensors (the averaged weights
+        of the best validation Dice) and checkpoints/.
+
+    Raises:
+        PlanError: if plan and data set do not fit, or minutes and epochs are both or neither set.
+        DataError: if `out` is taken, or a case cannot be used.
+    """
+    if not isinstance(plan, Plan):
+        plan = Plan.load(plan)
+    if not isinstance(dataset, Dataset):
+        dataset = read_dataset(dataset)
+    plan = with_choices(plan, minutes=minutes, epochs=epochs, device=device, seed=seed)
+    chosen = choose_fold(dataset, fold)
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise DataError(f"{out}: not empty; name a new folder, so that two runs cannot mix")
+    by_name = {case.name: case for case in dataset.cases}
+    cache = out / "cache"
+    try:
+        module = SegmentationModule(_seeded(plan))
+        data = PatchData(
+            plan,
+            [by_name[name] for name in chosen.train],
+            [by_name[name] for name in chosen.validation],
+            cache,
+            progress=preparing,
+        )
+        plan.save(out / "plan.json")
+        resident = PeakResident().start()
+        best = BestWeights(out / "model.safetensors")
+        record = RunRecord(
+            path=out / "run.json",
+            plan=plan,
+            dataset=dataset.root.resolve(),
+            fold=fold,
+            train=chosen.train,
+            validation=chosen.validation,
+            best=best,
+            resident=resident,
+            notes=notes,
+        )
+        callbacks: list[pl.Callback] = [
+            MetricsLog(out / "metrics.csv", plan, resident),
+            best,
+            record,
+            ModelCheckpoint(out / "checkpoints", save_last=True, save_top_k=0),
+        ]
+        if progress is not None:
+            callbacks.append(ProgressReport(progress))
+        if plan.training.patience is not None:
+            callbacks.append(
+                EarlyStopping("validation_dice", mode="max", patience=plan.training.patience)
+            )
+        with _quiet_lightning():
+            trainer = pl.Trainer(
+                accelerator="cuda" if plan.device.startswith("cuda") else "cpu",
+                devices=devices,
+                strategy="ddp_spawn" if devices > 1 else "auto",
+                precision=PRECISIONS[plan.precision],
+                max_epochs=plan.training.epochs or -1,
+                gradient_clip_val=plan.training.optimizer.gradient_clip,
+                check_val_every_n_epoch=plan.training.validate_every,
+                reload_dataloaders_every_n_epochs=1,
+                num_sanity_val_steps=0,
+                logger=_tensorboard(out),
+                callbacks=callbacks,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+                default_root_dir=out,
+            )
+            trainer.fit(module, datamodule=data)
+        resident.stop()
+    except BaseException:
+        if not (out / "model.safetensors").exists():
+            # nothing worth keeping was learnt yet: leave no half-written run
+            shutil.rmtree(out, ignore_errors=True)
+        raise
+    finally:
+        shutil.rmtree(cache, ignore_errors=True)
+    if not (out / "model.safetensors").exists():
+        raise EffsegError(f"{out}: training ended before its first validation; give it longer")
+    return out
+
+
+def with_choices(
+    plan: Plan,
+    *,
+    minutes: float | None,
+    epochs: int | None,
+    device: str | None,
+    seed: int | None,
+) -> Plan:
+    """The plan with a call's own choices in place of its own.
+
+    Raises:
+        PlanError: if both or neither of minutes and epochs are set in the end, or one is not
+            positive.
+    """
+    if minutes is not None and epochs is not None:
+        raise PlanError(f"minutes {minutes} and epochs {epochs}; give one of the two")
+    for name, value in (("minutes", minutes), ("epochs", epochs)):
+        if value is not None and value <= 0:
+            raise PlanError(f"{name} {value}; expected more than 0")
+    training = plan.training
+    if minutes is not None or epochs is not None:
+        training = training.model_copy(update={"minutes": minutes, "epochs": epochs})
+    if (training.minutes is None) == (training.epochs is None):
+        raise PlanError("how long? give --minutes or --epochs, or set one of them in plan.json")
+    if seed is not None:
+        training = training.model_copy(update={"seed": seed})
+    changes: dict[str, object] = {"training": training}
+    if device is not None:
+        changes["device"] = device
+    return Plan.model_validate(plan.model_copy(update=changes).model_dump())
+
+
+def choose_fold(dataset: Dataset, fold: int) -> Fold:
+    """The cases of one of five folds, or of fewer where there are fewer cases.
+
+    Raises:
+        DataError: if there are fewer than two labelled cases.
+        PlanError: if there is no such fold.
+    """
+    n_cases = len(dataset.cases)
+    if n_cases < 2:
+        raise DataError(
+            f"{dataset.root}: {n_cases} labelled case; training needs two at least, one to learn "
+            "from and one to validate on"
+        )
+    n_folds = min(N_FOLDS, n_cases)
+    if not 0 <= fold < n_folds:
+        raise PlanError(f"fold {fold}; there are {n_folds}, counted from 0")
+    return folds(dataset, n_folds=n_folds)[fold]
+
+
+def _seeded(plan: Plan) -> Plan:
+    torch.manual_seed(plan.training.seed)
+    return plan
+
+
+def _tensorboard(out: Path) -> TensorBoardLogger | bool:
+    """TensorBoard's log where it is installed (extra `log`)."""
+    if find_spec("tensorboard") is None:
+        return False
+    return TensorBoardLogger(out, name="", version="logs")
+
+
+@contextmanager
+def _quiet_lightning() -> Iterator[None]:
+    """Lightning's banners and advice are for people who wrote the loop themselves."""
+    talkers = [logging.getLogger(f"lightning.{part}") for part in ("pytorch", "fabric")]
+    levels = [talker.level for talker in talkers]
+    for talker in talkers:
+        talker.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"lightning\..*")
+            yield
+    finally:
+        for talker, level in zip(talkers, levels, strict=True):
+            talker.setLevel(level)

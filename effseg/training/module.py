@@ -1,0 +1,118 @@
+"""What one step of training does."""
+
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+from torch.optim import AdamW
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from effseg.errors import DataError
+from effseg.losses import DeepSupervisionLoss, build_loss
+from effseg.networks import build_network
+from effseg.plans import Plan
+from effseg.training.clock import Clock, learning_rate_factor
+
+
+class SegmentationModule(pl.LightningModule):  # type: ignore[misc]  # Lightning ships no types
+    """Network, loss, optimizer and schedule of a plan.
+
+    Validation scores the running average of the weights (`averaged`), which is also what a run
+    keeps. Dice is counted over all validation patches together, a class at a time, ignored voxels
+    left out.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__()
+        self.plan = plan
+        self.n_classes = len(plan.labels)
+        self.ignore_index = self.n_classes if plan.ignore_label is not None else None
+        self.network = build_network(plan.network)
+        decay = plan.training.optimizer.ema_decay
+        self.averaged = AveragedModel(self.network, multi_avg_fn=get_ema_multi_avg_fn(decay))
+        self.averaged.requires_grad_(requires_grad=False)
+        loss = build_loss(
+            plan.training.loss, ignore_label=self.ignore_index, n_classes=self.n_classes
+        )
+        self.loss = loss
+        self.training_loss = DeepSupervisionLoss(loss) if plan.network.deep_supervision else loss
+        self.clock = Clock(plan.training)
+        self.overlap = torch.zeros(3, self.n_classes, dtype=torch.int64)
+        self.validation_losses: list[Tensor] = []
+
+    def on_train_start(self) -> None:
+        """The clock runs from the first step, not from the import."""
+        self.clock.start()
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Set the learning rate; with several processes the first one's clock counts for all."""
+        del batch, batch_idx
+        fraction = self.trainer.strategy.broadcast(self.clock.fraction(self.global_step))
+        config = self.plan.training.optimizer
+        rate = config.learning_rate * learning_rate_factor(fraction, warmup=config.warmup)
+        for group in self.optimizers().param_groups:
+            group["lr"] = rate
+        if fraction >= 1:
+            self.trainer.should_stop = True
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """The loss of one batch."""
+        del batch_idx
+        image, label = batch
+        loss: Tensor = self.training_loss(self.network(image), label)
+        if not bool(torch.isfinite(loss)):
+            raise DataError(
+                f"the loss became {float(loss)} in step {self.global_step}; the best weights so "
+                "far are kept. A lower learning_rate or precision float32 in plan.json may help, "
+                "`effseg check` looks at the data"
+            )
+        self.log("loss", loss.detach(), on_step=False, on_epoch=True, sync_dist=True)
+        return loss
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """After each step the average follows, and the gradients go before the next forward."""
+        del outputs, batch, batch_idx
+        self.averaged.update_parameters(self.network)
+        self.optimizers().zero_grad(set_to_none=True)
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Count hits, predictions and references of each class."""
+        del batch_idx
+        image, label = batch
+        logits = self.averaged(image)
+        self.validation_losses.append(self.loss(logits, label).float())
+        guess = logits.argmax(dim=1)
+        valid = label < self.n_classes
+        for row, hits in enumerate((guess[valid & (guess == label)], guess[valid], label[valid])):
+            counts = torch.bincount(hits.long(), minlength=self.n_classes)
+            self.overlap[row] += counts.cpu()
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the Dice of each label and their mean over the labels that occur."""
+        overlap = self.all_gather(self.overlap.to(self.device)).view(-1, 3, self.n_classes).sum(0)
+        hits, guesses, references = overlap.double()[:, 1:]
+        dice = torch.where(
+            references + guesses > 0, 2 * hits / (references + guesses).clamp(min=1), torch.nan
+        )
+        loss = torch.stack(self.validation_losses).mean()
+        self.log("validation_loss", loss, sync_dist=True)
+        for label, value in zip(self.plan.labels[1:], dice, strict=True):
+            self.log(f"validation_dice_{label.name}", value.float())
+        mean = dice.nanmean().nan_to_num(0.0)
+        self.log("validation_dice", mean.float())
+        self.overlap.zero_()
+        self.validation_losses.clear()
+
+    def configure_optimizers(self) -> AdamW:
+        """AdamW; norms' gains and biases are not decayed."""
+        config = self.plan.training.optimizer
+        decayed = [p for p in self.network.parameters() if p.ndim > 1]
+        free = [p for p in self.network.parameters() if p.ndim <= 1]
+        return AdamW(
+            [
+                {"params": decayed, "weight_decay": config.weight_decay},
+                {"params": free, "weight_decay": 0.0},
+            ],
+            lr=config.learning_rate,
+        )

@@ -1,0 +1,132 @@
+"""Which patches a step sees: drawn from (seed, epoch, index) alone, whoever draws them."""
+
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset as TorchDataset
+
+from effseg.augment import Augmentation
+from effseg.plans import TrainingConfig
+from effseg.training.cache import CachedCase
+from effseg.types import Array, Shape3
+
+Start: TypeAlias = tuple[int, int, int]
+
+
+class TrainingPatches(TorchDataset[tuple[Tensor, Tensor]]):
+    """One epoch of augmented patches.
+
+    A share of the patches (`config.foreground`) holds a foreground voxel: of a class drawn evenly
+    from those the case has, and for a share of these (`config.small_components`) of a component
+    drawn evenly, so that a small lesion is seen as often as a large one.
+
+    Args:
+        cases: to draw from, each as likely as any other.
+        patch_size: voxels.
+        n_patches: of the epoch, over all processes.
+        config: the shares and the seed.
+        epoch: part of each patch's seed.
+        augmentation: applied to each patch.
+    """
+
+    def __init__(
+        self,
+        cases: Sequence[CachedCase],
+        patch_size: Shape3,
+        *,
+        n_patches: int,
+        config: TrainingConfig,
+        epoch: int,
+        augmentation: Augmentation,
+    ) -> None:
+        self.cases = cases
+        self.patch_size = patch_size
+        self.n_patches = n_patches
+        self.config = config
+        self.epoch = epoch
+        self.augmentation = augmentation
+
+    def __len__(self) -> int:
+        return self.n_patches
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        seed = (self.config.seed, self.epoch, index)
+        rng = np.random.default_rng(seed)
+        case = self.cases[int(rng.integers(len(self.cases)))]
+        start = draw_start(case, self.patch_size, rng, self.config)
+        image, label = read_patch(case, start, self.patch_size)
+        return self.augmentation(image, label, seed=(*seed, 1))
+
+
+class ValidationPatches(TorchDataset[tuple[Tensor, Tensor]]):
+    """The same patches after every epoch, spread over the cases, on foreground where there is any.
+
+    Args:
+        cases: of the fold's validation part.
+        patch_size: voxels.
+        n_patches: as many, case after case.
+    """
+
+    def __init__(self, cases: Sequence[CachedCase], patch_size: Shape3, *, n_patches: int) -> None:
+        always = TrainingConfig(foreground=1.0)
+        chosen = [cases[i % len(cases)] for i in range(n_patches)]
+        self.places = [
+            (case, draw_start(case, patch_size, np.random.default_rng((0, i)), always))
+            for i, case in enumerate(chosen)
+        ]
+        self.patch_size = patch_size
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        case, start = self.places[index]
+        image, label = read_patch(case, start, self.patch_size)
+        return torch.from_numpy(image), torch.from_numpy(label)
+
+
+def draw_start(
+    case: CachedCase, patch_size: Shape3, rng: np.random.Generator, config: TrainingConfig
+) -> Start:
+    """The first voxel of a patch; below zero where the case is smaller than the patch."""
+    size = np.asarray(patch_size)
+    room = np.asarray(case.shape) - size
+    start = rng.integers(np.minimum(room, 0), np.maximum(room, 0) + 1)
+    if case.voxels and rng.random() < config.foreground:
+        index = int(rng.choice(sorted(case.voxels)))
+        places = case.voxels[index]
+        if rng.random() < config.small_components:
+            component = case.components[index]
+            places = component[int(rng.integers(len(component)))]
+        # the voxel lies in the middle half of the patch, not always at its very centre
+        offset = size // 4 + rng.integers(0, np.maximum(size // 2, 1))
+        wanted = places[int(rng.integers(len(places)))] - offset
+        start = np.where(room >= 0, np.clip(wanted, 0, np.maximum(room, 0)), start)
+    return (int(start[0]), int(start[1]), int(start[2]))
+
+
+def read_patch(
+    case: CachedCase, start: Start, patch_size: Shape3
+) -> tuple[npt.NDArray[np.float32], Array]:
+    """Image (channels, z, y, x) and label (z, y, x) of a patch.
+
+    What lies outside the case is each channel's minimum, and background. The files are mapped anew
+    for every patch: a mapping that stays open counts as this process's memory, page by page.
+    """
+    image = np.load(case.image, mmap_mode="r")
+    label = np.load(case.label, mmap_mode="r")
+    source, target = [], []
+    for first, length, n in zip(start, patch_size, case.shape, strict=True):
+        low, high = max(first, 0), min(first + length, n)
+        source.append(slice(low, high))
+        target.append(slice(low - first, high - first))
+    patch = np.empty((image.shape[0], *patch_size), dtype=np.float32)
+    patch[:] = case.fill.reshape(-1, 1, 1, 1)
+    labels = np.zeros(patch_size, dtype=label.dtype)
+    patch[(slice(None), *target)] = image[(slice(None), *source)]
+    labels[tuple(target)] = label[tuple(source)]
+    return patch, labels
