@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import click
 import typer
@@ -268,7 +268,9 @@ def benchmark(
     suite: Annotated[Suite, typer.Option("--suite", help="which suite")] = Suite.memory,
 ) -> None:
     """Run a benchmark suite of a source checkout: one table, bytes beside seconds."""
+    import json
     import subprocess
+    import tempfile
 
     folder = Path(__file__).resolve().parent.parent / "benchmarks"
     script = folder / f"bench_{suite.value}.py"
@@ -277,7 +279,15 @@ def benchmark(
             f"{script}: not there; the benchmarks come with the source: clone the repository and "
             "install it with `pip install -e .`"
         )
-    raise typer.Exit(subprocess.call([sys.executable, str(script)]))  # noqa: S603 - our own file
+    with tempfile.TemporaryDirectory() as scratch:
+        record = Path(scratch) / "record.json"
+        command = [sys.executable, "-m", "pytest", str(script), "--benchmark-enable", "--quiet"]
+        command += [f"--benchmark-json={record}", "--benchmark-disable-gc", "-W", "ignore"]
+        code = subprocess.call(command, cwd=folder.parent)  # noqa: S603 - our own file
+        if code != 0:
+            raise typer.Exit(INTERNAL)
+        runs = json.loads(record.read_text(encoding="utf-8"))["benchmarks"]
+    _print_benchmarks(suite.value, runs)
 
 
 def main() -> None:
@@ -326,6 +336,8 @@ def _print_plan(made: "Plan") -> None:
         "spacing": " x ".join(f"{s:.3g}" for s in made.spacing) + " mm",
         "patch_size": " x ".join(map(str, made.patch_size)),
         "batch_size": str(made.batch_size),
+        "recompute": made.network.memory,
+        "augment": "flip " + (" ".join(made.training.augment.flip_axes) or "none"),
     }
     for choice, why in made.reasons.items():
         table.add_row(choice, values.get(choice, ""), _plain(why))
@@ -341,6 +353,16 @@ def _print_scores(scores: "Scores") -> None:
         table.add_column(str(column))
     for row in rows:
         table.add_row(*(_cell(value) for value in row.values()))
+    console.print(table)
+
+
+def _print_benchmarks(suite: str, runs: list[dict[str, Any]]) -> None:
+    """One row a benchmark: the median of its seconds beside what it counted."""
+    counted = list(dict.fromkeys(key for run in runs for key in run["extra_info"]))
+    table = Table("benchmark", "median s", *counted, title=f"suite {suite}")
+    for run in runs:
+        cells = (_cell(run["extra_info"].get(key)) for key in counted)
+        table.add_row(_plain(run["name"]), f"{run['stats']['median']:.4f}", *cells)
     console.print(table)
 
 

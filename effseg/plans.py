@@ -175,7 +175,7 @@ class AugmentConfig(Config):
     """Chances of each transform, all scaled by one overall probability."""
 
     probability: Share = Field(1.0, description="scales every chance below; 0 turns all off")
-    flip_axes: tuple[Literal["z", "y", "x"], ...] = Field(("z", "y", "x"))
+    flip_axes: tuple[Literal["z", "y", "x"], ...] = Field(("x",), description="canonical axes")
     flip: Share = Field(0.5, description="for each of flip_axes")
     rotate90: Share = Field(0.0, description="quarter turns in the plane of equal spacings")
     affine: Share = Field(0.2, description="small rotation and scaling")

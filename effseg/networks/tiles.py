@@ -18,6 +18,9 @@ from torch import Tensor
 
 TILE_BYTES = {"cpu": 1 << 20, "cuda": 1 << 26}
 
+SHARE = 1 << 16
+"""Numbers a thread should have to work on: below it, waking it takes longer than the work."""
+
 Tile = tuple[int, slice]
 """A sample and a range of its voxels."""
 
@@ -47,8 +50,9 @@ def _each_tile(rows: Tensor, work: Callable[[int, Tile], None]) -> None:
     process wants a core, ten thousand barriers a step cost a hundred times the arithmetic.
     """
     tiles = tiles_of(rows)
-    n_threads = min(torch.get_num_threads(), len(tiles)) if rows.device.type == "cpu" else 1
-    if n_threads == 1:
+    on_cpu = rows.device.type == "cpu"
+    n_threads = min(torch.get_num_threads(), len(tiles), rows.numel() // SHARE) if on_cpu else 1
+    if n_threads <= 1:
         for index, tile in enumerate(tiles):
             work(index, tile)
         return

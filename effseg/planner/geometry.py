@@ -96,8 +96,9 @@ def stages_for(patch: Shape3, spacing: Spacing) -> Stages:
 def shrinking_patches(median: Shape3, spacing: Spacing) -> Iterator[tuple[Shape3, Stages]]:
     """Patches from the whole median case down to the smallest worth training on.
 
-    Each is a multiple of its network's total stride; the next one gives up one step of the axis
-    that is longest in mm, so patches approach equal lengths in mm.
+    Each is a multiple of its network's total stride, the first the one nearest to the median case:
+    rounding up would spend up to half of every step on padding. The next one gives up one step of
+    the axis that is longest in mm, so patches approach equal lengths in mm.
     """
     stages = stages_for(median, spacing)
     wanted = list(median)
@@ -105,7 +106,7 @@ def shrinking_patches(median: Shape3, spacing: Spacing) -> Iterator[tuple[Shape3
     while True:
         stages = stages_for((wanted[0], wanted[1], wanted[2]), spacing)
         stride = stages.total_stride
-        z, y, x = (math.ceil(n / s) * s for n, s in zip(wanted, stride, strict=True))
+        z, y, x = (max(1, math.floor(n / s + 0.5)) * s for n, s in zip(wanted, stride, strict=True))
         if (z, y, x) not in seen:
             seen.add((z, y, x))
             yield (z, y, x), stages

@@ -1,9 +1,11 @@
 """From a fingerprint and a budget to a plan, every number with its reason."""
 
+import re
 from pathlib import Path
 from typing import Literal, cast
 
 from effseg.dataset import Dataset, read_dataset
+from effseg.networks import MemoryMode
 from effseg.planner.facts import Progress, fingerprint
 from effseg.planner.geometry import Stages, median_shape, target_spacing
 from effseg.planner.machine import choose_device, choose_precision
@@ -33,6 +35,7 @@ BOTTLENECK = 2
 ENCODER_LAYERS = (1, 2, 4, 4, 4, 4)
 DECODER_LAYERS = (1, 2, 2, 2, 2)
 """Few layers at full resolution, where each costs most: context comes from the coarse stages."""
+SIDED = re.compile(r"left|right|(^|[^a-z])[lr]([^a-z]|$)")
 SMALL_SHARE = 0.01
 """Small components may be noise while less of a label's volume than this lies in them."""
 
@@ -77,7 +80,7 @@ def plan(
             budget_bytes=budget,
             median=median,
             spacing=spacing,
-            build_config=lambda stages: network_config(facts, stages),
+            build_config=lambda stages, memory: network_config(facts, stages, memory),
             loss=loss,
             ignored=facts.ignore_label is not None,
             precision=precision,
@@ -86,6 +89,7 @@ def plan(
     )
     step = answer.step
     rule, why_rule = choose_postprocess(facts)
+    flips, why_flips = choose_flips(facts)
     channels = tuple(Channel(name=c.name, normalisation=normalisation(c)) for c in facts.channels)
     labels = (
         Label(value=0, name="background"),
@@ -104,6 +108,13 @@ def plan(
             f"{format_bytes(step.report.saved_bytes)} of them kept from forward to backward; "
             "traced, not run"
         ),
+        "recompute": (
+            "everything fits with nothing computed twice"
+            if step.network.memory == "plain"
+            else "features are stored once; norm, activation and 1x1 convolutions run again in "
+            "backward, which is what makes this patch fit"
+        ),
+        "augment": why_flips,
         "normalisation": "; ".join(
             f"{c.name}: {'CT' if c.is_ct else 'z-score'}, {c.why}" for c in facts.channels
         ),
@@ -120,7 +131,7 @@ def plan(
         precision=cast("Literal['float32', 'bfloat16', 'float16']", precision),
         device=device,
         network=step.network,
-        training=TrainingConfig(loss=loss, augment=AugmentConfig()),
+        training=TrainingConfig(loss=loss, augment=AugmentConfig(flip_axes=flips)),
         inference=InferenceConfig(window_batch=step.batch, postprocess=rule),
         memory=Memory(
             budget_bytes=budget,
@@ -132,7 +143,7 @@ def plan(
     )
 
 
-def network_config(facts: Fingerprint, stages: Stages) -> NetworkConfig:
+def network_config(facts: Fingerprint, stages: Stages, memory: MemoryMode) -> NetworkConfig:
     """The flagship for these stages."""
     n = len(stages.strides)
     return NetworkConfig(
@@ -145,6 +156,7 @@ def network_config(facts: Fingerprint, stages: Stages) -> NetworkConfig:
         decoder_layers=DECODER_LAYERS[: n - 1],
         strides=stages.strides,
         kernels=stages.kernels,
+        memory=memory,
     )
 
 
@@ -159,6 +171,17 @@ def normalisation(channel: ChannelFacts) -> Normalisation:
         high=max(high, low + 1.0),
         mean=channel.foreground_mean,
         std=max(channel.foreground_std, 1.0),
+    )
+
+
+def choose_flips(facts: Fingerprint) -> tuple[tuple[Literal["z", "y", "x"], ...], str]:
+    """Along which axes a mirrored patient could still be one, and why."""
+    sided = [label.name for label in facts.labels if SIDED.search(label.name.lower())]
+    if sided:
+        return (), f"no flips: {sided[0]} tells the patient's left from right"
+    return ("x",), (
+        "flips from left to right, where bodies are nearly mirror images; head to foot and front "
+        "to back they are not"
     )
 
 
@@ -180,7 +203,7 @@ def choose_postprocess(facts: Fingerprint) -> tuple[PostprocessConfig, str]:
 
 def _why_patch(answer: Answer, median: tuple[int, int, int], budget: int) -> str:
     if answer.too_large is None:
-        return f"the median case, {_times(median)} voxels, whole"
+        return f"the median case, {_times(median)} voxels, to the network's stride"
     next_one = answer.too_large
     return (
         f"the median case has {_times(median)} voxels; {_times(next_one.patch)} would need "

@@ -1,0 +1,135 @@
+"""The fingerprint, the rules, and the search for what fits."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from effseg.errors import DataError, MemoryBudgetError, PlanError
+from effseg.io import write_volume
+from effseg.planner import fingerprint, plan
+from effseg.planner.geometry import shrinking_patches, stages_for, target_spacing
+from effseg.plans import Fingerprint, Plan, parse_bytes
+from effseg.volume import Grid, Volume
+
+
+@pytest.fixture(scope="module")
+def facts(tiny_dataset: Path) -> Fingerprint:
+    return fingerprint(tiny_dataset)
+
+
+def test_a_fingerprint_by_hand(facts: Fingerprint) -> None:
+    assert facts.n_cases == 6
+    assert set(facts.shapes) == {(20, 22, 24)}  # canonical, however the files store them
+    assert set(facts.spacings) == {(1.0, 1.0, 1.0)}
+    core, shell = facts.labels[1], facts.labels[0]
+    assert (core.value, core.n_cases, core.n_components) == (2, 6, 6)
+    assert core.component_mm3[3] == pytest.approx(4 / 3 * np.pi * 27, rel=0.1)
+    assert shell.voxel_share > core.voxel_share
+    assert shell.small_share == 0
+    (channel,) = facts.channels
+    assert not channel.is_ct
+    assert channel.foreground_mean == pytest.approx(112, abs=6)
+
+
+def test_ct_is_known_by_its_air_and_by_its_name(tmp_path: Path) -> None:
+    air = np.full((8, 8, 8), -1000, np.int16)
+    air[2:6, 2:6, 2:6] = 40
+    grid = Grid(shape=(8, 8, 8))
+    label = Volume(array=(air > 0).astype(np.uint8), grid=grid)
+    write_volume(Volume(array=air, grid=grid), tmp_path / "images" / "a.nii.gz")
+    write_volume(label, tmp_path / "labels" / "a.nii.gz")
+    (channel,) = fingerprint(tmp_path).channels
+    assert channel.is_ct
+    assert "Hounsfield" in channel.why
+
+
+def test_nothing_labelled_is_nothing_to_learn(tmp_path: Path) -> None:
+    grid = Grid(shape=(8, 8, 8))
+    for kind, dtype in (("images", np.float32), ("labels", np.uint8)):
+        volume = Volume(array=np.zeros((8, 8, 8), dtype), grid=grid)
+        write_volume(volume, tmp_path / kind / "a.nii.gz")
+    with pytest.raises(DataError, match="nothing to learn from"):
+        fingerprint(tmp_path)
+
+
+def of_spacings(facts: Fingerprint, spacings, shapes) -> Fingerprint:
+    return facts.model_copy(
+        update={"spacings": tuple(spacings), "shapes": tuple(shapes), "n_cases": len(spacings)}
+    )
+
+
+def test_the_target_spacing_is_the_median(facts: Fingerprint) -> None:
+    spacings = [(1.0, 0.5, 0.5), (2.0, 0.7, 0.7), (1.2, 0.6, 0.6)]
+    spacing, _ = target_spacing(of_spacings(facts, spacings, [(100, 200, 200)] * 3))
+    assert spacing == (1.2, 0.6, 0.6)
+
+
+def test_a_strongly_anisotropic_axis_takes_its_tenth_percentile(facts: Fingerprint) -> None:
+    spacings = [(z, 1.0, 1.0) for z in (3.0, 5.0, 5.0, 5.0, 6.0)]
+    spacing, why = target_spacing(of_spacings(facts, spacings, [(20, 300, 300)] * 5))
+    assert spacing == (pytest.approx(np.percentile([3, 5, 5, 5, 6], 10)), 1.0, 1.0)
+    assert "10th percentile" in why
+
+
+def test_stages_wait_for_the_coarse_axis() -> None:
+    stages = stages_for((16, 128, 128), (4.0, 1.0, 1.0))
+    assert stages.strides[1:3] == ((1, 2, 2), (1, 2, 2))
+    assert stages.kernels[:2] == ((1, 3, 3), (1, 3, 3))
+    assert stages.strides[3] == (2, 2, 2)
+    assert stages.kernels[-1] == (3, 3, 3)
+
+
+@given(
+    median=st.tuples(*[st.integers(4, 300)] * 3),
+    spacing=st.tuples(*[st.floats(0.3, 6)] * 3),
+)
+def test_patches_shrink_and_fit_their_network(median, spacing) -> None:
+    before = None
+    for patch, stages in shrinking_patches(median, spacing):
+        assert all(n % s == 0 for n, s in zip(patch, stages.total_stride, strict=True))
+        volume = np.prod(patch)
+        assert before is None or volume < before
+        before = volume
+
+
+@pytest.mark.parametrize("memory", ["160MiB", "400MiB", "2GiB"])
+def test_a_plan_fits_its_budget_and_says_why(facts: Fingerprint, memory) -> None:
+    larger = of_spacings(facts, [(1.0, 1.0, 1.0)] * 2, [(90, 100, 80)] * 2)
+    made = plan(larger, memory=memory, device="cpu")
+    assert made.memory.peak_bytes <= parse_bytes(memory) == made.memory.budget_bytes
+    assert made.batch_size >= 2
+    assert set(made.reasons) >= {"patch_size", "batch_size", "spacing", "memory", "network"}
+    assert Plan.model_validate_json(made.model_dump_json()) == made
+
+
+def test_more_memory_sees_more(facts: Fingerprint) -> None:
+    larger = of_spacings(facts, [(1.0, 1.0, 1.0)] * 2, [(90, 100, 80)] * 2)
+    small, large = (plan(larger, memory=m, device="cpu").patch_size for m in ("200MiB", "800MiB"))
+    assert np.prod(large) > 2 * np.prod(small)
+
+
+def test_a_budget_too_small_names_one_that_would_do(facts: Fingerprint) -> None:
+    with pytest.raises(MemoryBudgetError, match=r"--memory (\d+)MiB would do") as caught:
+        plan(facts, memory="1MiB", device="cpu")
+    enough = str(caught.value).split("--memory ")[1].split(" ")[0]
+    assert plan(facts, memory=enough, device="cpu").batch_size == 2
+
+
+def test_a_plan_for_a_card_that_is_not_here(facts: Fingerprint) -> None:
+    made = plan(facts, memory="8GiB", device="cuda")
+    assert (made.device, made.precision) == ("cuda", "bfloat16")
+
+
+def test_unknown_devices_are_refused(facts: Fingerprint) -> None:
+    with pytest.raises(PlanError, match="expected"):
+        plan(facts, memory="1GiB", device="abacus")
+
+
+def test_real_multi_class_ct_is_planned(shared) -> None:
+    made = plan(shared("openkbp-headneck"), memory="2GiB", device="cpu")
+    assert [c.normalisation.kind for c in made.channels] == ["ct"]
+    assert len(made.labels) == 8
+    assert made.spacing[0] < made.spacing[1]

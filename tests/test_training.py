@@ -1,0 +1,206 @@
+"""Training on phantoms: it learns, it repeats, it leaves nothing half-written."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from effseg.dataset import read_dataset
+from effseg.errors import CheckpointError, DataError, PlanError
+from effseg.evaluation import Scores
+from effseg.plans import Plan, TrainingConfig
+from effseg.training import choose_fold, train
+from effseg.training.cache import cache_case
+from effseg.training.clock import Clock, learning_rate_factor
+from effseg.training.patches import ValidationPatches, draw_start, read_patch
+from effseg.validation import validate
+
+
+def with_training(plan: Plan, **changes: object) -> Plan:
+    return plan.model_copy(update={"training": plan.training.model_copy(update=changes)})
+
+
+def test_a_run_holds_what_it_promises(tiny_run: Path, tiny_plan: Plan) -> None:
+    names = {path.name for path in tiny_run.iterdir()}
+    assert {"plan.json", "run.json", "metrics.csv", "model.safetensors", "checkpoints"} <= names
+    assert "cache" not in names
+    assert Plan.load(tiny_run / "plan.json").patch_size == tiny_plan.patch_size
+    record = json.loads((tiny_run / "run.json").read_text())
+    assert record["stopped_by"] == "epochs"
+    assert (record["epochs"], record["steps"]) == (6, 36)
+    assert record["memory"]["measured_peak_bytes"] > 0
+    assert set(record["train"]).isdisjoint(record["validation"])
+    with (tiny_run / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["epoch"]) for row in rows] == list(range(6))
+    assert float(rows[-1]["loss"]) < float(rows[0]["loss"])
+    assert set(rows[0]) >= {"minutes", "learning_rate", "validation_dice_label_1", "peak_bytes"}
+
+
+def test_it_learns_the_balls(tiny_run: Path) -> None:
+    scores = Scores.load(tiny_run / "validation" / "metrics.json")
+    assert scores.mean_dice is not None
+    assert scores.mean_dice > 0.5
+    assert all(Path(str(case.prediction)).is_file() for case in scores.cases)
+
+
+def test_the_same_seed_gives_the_same_weights(
+    tiny_plan: Plan, tiny_dataset: Path, tmp_path: Path
+) -> None:
+    runs = [
+        train(tiny_plan, tiny_dataset, out=tmp_path / name, seed=seed)
+        for name, seed in (("a", 1), ("b", 1), ("c", 2))
+    ]
+    a, b, c = (load_file(run / "model.safetensors") for run in runs)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert not all(torch.equal(a[name], c[name]) for name in a)
+
+
+def test_workers_change_nothing(tiny_plan: Plan, tiny_dataset: Path, tmp_path: Path) -> None:
+    runs = [
+        train(with_training(tiny_plan, workers=n), tiny_dataset, out=tmp_path / str(n))
+        for n in (0, 2)
+    ]
+    none, two = (load_file(run / "model.safetensors") for run in runs)
+    assert all(torch.equal(none[name], two[name]) for name in none)
+
+
+def test_two_processes_train_one_network(
+    tiny_plan: Plan, tiny_dataset: Path, tmp_path: Path
+) -> None:
+    run = train(tiny_plan, tiny_dataset, out=tmp_path / "ddp", devices=2)
+    record = json.loads((run / "run.json").read_text())
+    assert record["n_devices"] == 2
+    assert record["steps"] == 12
+    with (run / "metrics.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 2
+    assert validate(run).mean_dice is not None
+
+
+def test_minutes_end_a_run(tiny_plan: Plan, tiny_dataset: Path, tmp_path: Path) -> None:
+    run = train(tiny_plan, tiny_dataset, out=tmp_path / "run", minutes=0.03)
+    record = json.loads((run / "run.json").read_text())
+    assert record["stopped_by"] == "minutes"
+    assert 0.03 <= record["minutes"] < 0.5
+
+
+def test_patience_ends_a_run(tiny_plan: Plan, tiny_dataset: Path, tmp_path: Path) -> None:
+    frozen = tiny_plan.training.optimizer.model_copy(update={"learning_rate": 1e-12})
+    plan = with_training(tiny_plan, patience=1, optimizer=frozen, epochs=50)
+    run = train(plan, tiny_dataset, out=tmp_path / "run")
+    record = json.loads((run / "run.json").read_text())
+    assert record["stopped_by"] == "patience"
+    assert record["epochs"] < 50
+
+
+def test_progress_is_told(tiny_plan: Plan, tiny_dataset: Path, tmp_path: Path) -> None:
+    states, prepared = [], []
+    train(
+        tiny_plan,
+        tiny_dataset,
+        out=tmp_path / "run",
+        progress=states.append,
+        preparing=lambda done, total: prepared.append((done, total)),
+    )
+    assert [state.step for state in states] == list(range(1, 13))
+    assert states[-1].fraction == 1
+    assert states[-1].dice is not None
+    assert prepared[-1] == (6, 6)
+
+
+def test_a_folder_that_is_taken_is_left_alone(
+    tiny_plan: Plan, tiny_dataset: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "mine.txt").write_text("kept")
+    with pytest.raises(DataError, match="not empty"):
+        train(tiny_plan, tiny_dataset, out=tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_a_failure_leaves_no_folder(tiny_plan: Plan, tiny_dataset: Path, tmp_path: Path) -> None:
+    labels = (tiny_plan.labels[0], tiny_plan.labels[1])  # the maps hold a third
+    network = tiny_plan.network.model_copy(update={"out_channels": 2})
+    plan = tiny_plan.model_copy(update={"labels": labels, "network": network})
+    with pytest.raises(DataError, match=r"label values \[2\]; the plan knows \[0, 1\]"):
+        train(plan, tiny_dataset, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("minutes", "epochs", "words"),
+    [(1, 1, "one of the two"), (0, None, "more than 0"), (None, -1, "more than 0")],
+)
+def test_lengths_that_make_no_sense_are_refused(
+    tiny_plan: Plan, tiny_dataset: Path, tmp_path: Path, minutes, epochs, words
+) -> None:
+    with pytest.raises(PlanError, match=words):
+        train(tiny_plan, tiny_dataset, out=tmp_path / "r", minutes=minutes, epochs=epochs)
+
+
+def test_how_long_must_be_said(tiny_plan: Plan, tiny_dataset: Path, tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match="how long"):
+        train(with_training(tiny_plan, epochs=None), tiny_dataset, out=tmp_path / "r")
+
+
+def test_folds_that_are_not_there_are_refused(tiny_dataset: Path) -> None:
+    dataset = read_dataset(tiny_dataset)
+    with pytest.raises(PlanError, match="there are 5"):
+        choose_fold(dataset, 5)
+
+
+def test_a_run_whose_data_moved_is_refused_by_name(tiny_run: Path, tmp_path: Path) -> None:
+    import shutil
+
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run)
+    record = json.loads((run / "run.json").read_text())
+    record["validation"] = ["gone"]
+    (run / "run.json").write_text(json.dumps(record))
+    with pytest.raises(CheckpointError, match="case gone is no longer in"):
+        validate(run)
+
+
+def test_the_rate_warms_up_and_comes_down() -> None:
+    rates = [learning_rate_factor(f, warmup=0.1) for f in (0, 0.05, 0.1, 0.55, 1.0)]
+    assert rates == pytest.approx([1e-3, 0.5, 1.0, 0.5, 0.0], abs=1e-9)
+
+
+def test_clocks_count_steps_or_seconds() -> None:
+    by_steps = Clock(TrainingConfig(epochs=2, steps_per_epoch=10))
+    assert [by_steps.fraction(n) for n in (0, 5, 40)] == [0, 0.25, 1]
+    assert Clock(TrainingConfig(minutes=1e-9)).fraction(0) == 1
+    with pytest.raises(PlanError, match="exactly one"):
+        Clock(TrainingConfig())
+
+
+@pytest.fixture(scope="module")
+def cached(tiny_plan: Plan, tiny_dataset: Path, tmp_path_factory: pytest.TempPathFactory):
+    case = read_dataset(tiny_dataset).cases[0]
+    return cache_case(case, tiny_plan, tmp_path_factory.mktemp("cache"))
+
+
+def test_patches_hold_the_class_that_was_drawn(cached) -> None:
+    always = TrainingConfig(foreground=1.0, small_components=1.0)
+    for seed in range(20):
+        start = draw_start(cached, (8, 8, 8), np.random.default_rng(seed), always)
+        _, label = read_patch(cached, start, (8, 8, 8))
+        assert label.any()
+
+
+def test_patches_reach_beyond_small_cases(cached) -> None:
+    start = draw_start(cached, (32, 32, 32), np.random.default_rng(0), TrainingConfig())
+    image, label = read_patch(cached, start, (32, 32, 32))
+    assert image.shape == (1, 32, 32, 32)
+    assert np.isclose(image, cached.fill[0]).sum() >= 32**3 - 20 * 22 * 24
+    assert label.sum() == np.load(cached.label).sum()  # the whole case lies inside
+
+
+def test_validation_patches_stay_the_same(cached) -> None:
+    one, two = (ValidationPatches([cached], (8, 8, 8), n_patches=3) for _ in range(2))
+    assert len(one) == 3
+    for i in range(3):
+        assert torch.equal(one[i][0], two[i][0])
