@@ -11,7 +11,6 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import click
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
@@ -32,12 +31,24 @@ if TYPE_CHECKING:  # the verbs import what they need: `effseg --help` waits for 
     from effseg.evaluation import Scores
     from effseg.plans import Plan
 
-USAGE, BAD_INPUT, NO_RESOURCES, INTERNAL = 1, 2, 3, 4
+USAGE, BAD_INPUT, NO_RESOURCES, INTERNAL, STOPPED = 1, 2, 3, 4, 130
+
+# typer carries click's exceptions, in newer versions as its own copy: take the class from typer
+UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+
+SCORE_COLUMNS = {
+    "name": "label",
+    "dice": "Dice",
+    "surface_dice": "surface",
+    "hd95_mm": "HD95 mm",
+    "assd_mm": "ASSD mm",
+    "sensitivity": "lesions found",
+    "false_positives_per_case": "false a case",
+}
 
 app = typer.Typer(
     name="effseg",
     help="Trains and runs 3-D segmentation networks inside a memory budget that you name.",
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
@@ -67,8 +78,9 @@ class Suite(StrEnum):
     memory = "memory"
 
 
-@app.callback()
+@app.callback(invoke_without_command=True)
 def settings(
+    context: typer.Context,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="say what is done")] = False,
     version: Annotated[bool, typer.Option("--version", help="print the version")] = False,
 ) -> None:
@@ -82,6 +94,8 @@ def settings(
     if version:
         console.print(f"effseg {__version__}")
         raise typer.Exit
+    if context.invoked_subcommand is None:
+        console.print(context.get_help())
 
 
 @app.command()
@@ -293,14 +307,14 @@ def benchmark(
 def main() -> None:
     """Run the command line; every failure is one line and an exit code."""
     try:
-        app(standalone_mode=False)
-    except click.exceptions.Exit as stop:
-        sys.exit(stop.exit_code)
-    except click.exceptions.Abort:
+        code = app(standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except typer.Abort:
         errors.print("stopped")
-        sys.exit(130)
-    except click.ClickException as error:
-        errors.print(f"[red]usage[/] {_plain(error.format_message())}", soft_wrap=True)
+        sys.exit(STOPPED)
+    except UsageError as error:
+        message = getattr(error, "format_message", error.__str__)()
+        errors.print(f"[red]usage[/] {_plain(message)}", soft_wrap=True)
         errors.print("`effseg --help` lists the verbs, `effseg VERB --help` their options")
         sys.exit(USAGE)
     except EffsegError as error:
@@ -311,7 +325,7 @@ def main() -> None:
         sys.exit(NO_RESOURCES)
     except KeyboardInterrupt:
         errors.print("stopped")
-        sys.exit(130)
+        sys.exit(STOPPED)
 
 
 def _planned(dataset: Path, memory: str, device: str | None) -> "Plan":
@@ -348,11 +362,11 @@ def _print_scores(scores: "Scores") -> None:
     rows = scores.summary()
     if not rows:
         return
-    table = Table(title=f"{len(scores.cases)} cases")
-    for column in rows[0]:
-        table.add_column(str(column))
+    table = Table(title=f"{len(scores.cases)} cases, surface Dice at {scores.tolerance_mm:g} mm")
+    for heading in SCORE_COLUMNS.values():
+        table.add_column(heading, overflow="fold")
     for row in rows:
-        table.add_row(*(_cell(value) for value in row.values()))
+        table.add_row(*(_cell(row[column]) for column in SCORE_COLUMNS))
     console.print(table)
 
 

@@ -53,7 +53,7 @@ def test_predictions_land_where_the_image_lies_in_all_48_orders(tiny_plan: Plan,
         image = Volume(array=coarse, grid=grid).reordered(order)
         prepared = prepare_image(image, plan)
         x = prepared.image[0]
-        logits = np.stack([np.zeros_like(x), x - 0.3, 0.5 - x])
+        logits = np.stack([np.zeros_like(x), x - 0.3, -0.5 - x])
         labels = restore_labels(logits, prepared, plan)
         np.testing.assert_allclose(labels.grid.affine, image.grid.affine, atol=1e-9)
         back = labels.reordered(order.inverse()).array

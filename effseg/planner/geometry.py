@@ -73,14 +73,16 @@ def stages_for(patch: Shape3, spacing: Spacing) -> Stages:
     """Downsample while it pays: an axis as long as it has voxels and is not coarser than others.
 
     An axis is halved while at least `SHORTEST` voxels remain and its spacing is below twice the
-    finest of the axes that can still be halved; its kernel is 3 once its spacing is below twice
-    the finest of all, else 1.
+    finest of the axes that can still be halved; its kernel is 3 from where its spacing is below
+    twice the finest of all, else 1.
     """
     strides: list[Shape3] = [(1, 1, 1)]
     kernels: list[Shape3] = []
     sizes, gaps = [float(n) for n in patch], [float(s) for s in spacing]
+    wide = [False] * 3
     while True:
-        kz, ky, kx = (3 if gap < 2 * min(gaps) else 1 for gap in gaps)
+        wide = [was or gap < 2 * min(gaps) for was, gap in zip(wide, gaps, strict=True)]
+        kz, ky, kx = (3 if is_wide else 1 for is_wide in wide)
         kernels.append((kz, ky, kx))
         able = [axis for axis in range(3) if sizes[axis] >= 2 * SHORTEST]
         finest = min((gaps[axis] for axis in able), default=0.0)

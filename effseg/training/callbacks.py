@@ -77,12 +77,30 @@ class ProgressReport(pl.Callback):  # type: ignore[misc]  # Lightning ships no t
         )
 
 
+class MemoryWatch(pl.Callback):  # type: ignore[misc]
+    """Knows the most memory that training took: the device's, or this process's on a CPU."""
+
+    def __init__(self) -> None:
+        self.resident: PeakResident | None = None  # started in the process that trains
+
+    def setup(self, trainer: pl.Trainer, pl_module: SegmentationModule, stage: str) -> None:
+        """Take the baseline before the first step."""
+        del trainer, pl_module, stage
+        self.resident = PeakResident().start()
+
+    def peak_bytes(self, device: torch.device) -> int:
+        """The peak until now."""
+        if device.type == "cuda":
+            return int(torch.cuda.max_memory_allocated(device))
+        return self.resident.peak_bytes if self.resident is not None else 0
+
+
 class MetricsLog(pl.Callback):  # type: ignore[misc]
     """One line an epoch in metrics.csv, written as soon as it is known."""
 
-    def __init__(self, path: Path, plan: Plan, resident: PeakResident) -> None:
+    def __init__(self, path: Path, plan: Plan, watch: MemoryWatch) -> None:
         self.path = path
-        self.resident = resident
+        self.watch = watch
         labels = [f"validation_dice_{label.name}" for label in plan.labels[1:]]
         self.columns = (
             *("epoch", "step", "minutes", "learning_rate", "loss", "validation_loss"),
@@ -99,7 +117,7 @@ class MetricsLog(pl.Callback):  # type: ignore[misc]
             "step": trainer.global_step,
             "minutes": round(pl_module.clock.elapsed_seconds / 60, 4),
             "learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
-            "peak_bytes": measured_peak(trainer, self.resident),
+            "peak_bytes": self.watch.peak_bytes(pl_module.device),
         }
         new = not self.path.exists()
         with self.path.open("a", newline="", encoding="utf-8") as file:
@@ -140,12 +158,14 @@ class RunRecord(pl.Callback):  # type: ignore[misc]
     train: tuple[str, ...]
     validation: tuple[str, ...]
     best: BestWeights
-    resident: PeakResident
+    watch: MemoryWatch
     notes: tuple[str, ...] = ()
+    n_epochs: int = 0
     started: str = field(default_factory=lambda: datetime.now().isoformat(timespec="seconds"))
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: SegmentationModule) -> None:
         """After each epoch, in the first process."""
+        self.n_epochs += 1
         self._write(trainer, pl_module, stopped_by="running")
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: SegmentationModule) -> None:
@@ -171,7 +191,7 @@ class RunRecord(pl.Callback):  # type: ignore[misc]
             "validation": list(self.validation),
             "started": self.started,
             "minutes": round(pl_module.clock.elapsed_seconds / 60, 3),
-            "epochs": trainer.current_epoch + 1,
+            "epochs": self.n_epochs,
             "steps": trainer.global_step,
             "best_epoch": self.best.best_epoch,
             "best_score": self.best.best_score,
@@ -184,7 +204,7 @@ class RunRecord(pl.Callback):  # type: ignore[misc]
             "memory": {
                 "budget_bytes": self.plan.memory.budget_bytes,
                 "predicted_peak_bytes": self.plan.memory.peak_bytes,
-                "measured_peak_bytes": measured_peak(trainer, self.resident),
+                "measured_peak_bytes": self.watch.peak_bytes(pl_module.device),
                 "measured": (
                     "CUDA allocator" if on_gpu else "resident memory above that before training"
                 ),
@@ -194,14 +214,6 @@ class RunRecord(pl.Callback):  # type: ignore[misc]
         temporary = self.path.with_name(f".{self.path.name}.part")
         temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         replace_durably(temporary, self.path)
-
-
-def measured_peak(trainer: pl.Trainer, resident: PeakResident) -> int:
-    """The most memory since training began, bytes: the device's, or this process's on a CPU."""
-    device = trainer.strategy.root_device
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    return resident.peak_bytes
 
 
 def replace_durably(temporary: Path, path: Path) -> None:

@@ -15,10 +15,10 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from effseg.dataset import Dataset, Fold, folds, read_dataset
 from effseg.errors import DataError, EffsegError, PlanError
-from effseg.memory import PeakResident
 from effseg.plans import Plan
 from effseg.training.callbacks import (
     BestWeights,
+    MemoryWatch,
     MetricsLog,
     ProgressReport,
     RunRecord,
@@ -97,7 +97,7 @@ def train(
             progress=preparing,
         )
         plan.save(out / "plan.json")
-        resident = PeakResident().start()
+        watch = MemoryWatch()
         best = BestWeights(out / "model.safetensors")
         record = RunRecord(
             path=out / "run.json",
@@ -107,11 +107,12 @@ def train(
             train=chosen.train,
             validation=chosen.validation,
             best=best,
-            resident=resident,
+            watch=watch,
             notes=notes,
         )
         callbacks: list[pl.Callback] = [
-            MetricsLog(out / "metrics.csv", plan, resident),
+            watch,
+            MetricsLog(out / "metrics.csv", plan, watch),
             best,
             record,
             ModelCheckpoint(out / "checkpoints", save_last=True, save_top_k=0),
@@ -140,7 +141,6 @@ def train(
                 default_root_dir=out,
             )
             trainer.fit(module, datamodule=data)
-        resident.stop()
     except BaseException:
         if not (out / "model.safetensors").exists():
             # nothing worth keeping was learnt yet: leave no half-written run

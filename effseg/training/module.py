@@ -1,18 +1,39 @@
 """What one step of training does."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
 from torch.optim import AdamW
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from effseg.errors import DataError
 from effseg.losses import DeepSupervisionLoss, build_loss
 from effseg.networks import build_network
 from effseg.plans import Plan
 from effseg.training.clock import Clock, learning_rate_factor
+
+
+@dataclass(frozen=True)
+class ExponentialAverage:
+    """Moves averaged weights towards the current ones.
+
+    The decay warms up as (1 + n) / (10 + n) after n steps, so that a short run does not average in
+    the weights it started from.
+    """
+
+    decay: float
+
+    def __call__(
+        self, averages: Sequence[Tensor], weights: Sequence[Tensor], n_averaged: Tensor | int
+    ) -> None:
+        """Update the averages in place."""
+        n = float(n_averaged)
+        decay = min(self.decay, (1 + n) / (10 + n))
+        torch._foreach_lerp_(list(averages), list(weights), 1 - decay)
 
 
 class SegmentationModule(pl.LightningModule):  # type: ignore[misc]  # Lightning ships no types
@@ -29,8 +50,8 @@ class SegmentationModule(pl.LightningModule):  # type: ignore[misc]  # Lightning
         self.n_classes = len(plan.labels)
         self.ignore_index = self.n_classes if plan.ignore_label is not None else None
         self.network = build_network(plan.network)
-        decay = plan.training.optimizer.ema_decay
-        self.averaged = AveragedModel(self.network, multi_avg_fn=get_ema_multi_avg_fn(decay))
+        average = ExponentialAverage(plan.training.optimizer.ema_decay)
+        self.averaged = AveragedModel(self.network, multi_avg_fn=average)
         self.averaged.requires_grad_(requires_grad=False)
         loss = build_loss(
             plan.training.loss, ignore_label=self.ignore_index, n_classes=self.n_classes
