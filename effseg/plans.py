@@ -157,12 +157,15 @@ class LossConfig(Config):
     dice_over_batch: bool = Field(
         True, description="one Dice a class over the whole batch, not one a sample"
     )
+    dice_smooth: float = Field(
+        1e-5, gt=0, description="voxels added above and below: what false voxels are held against"
+    )
 
 
 class OptimizerConfig(Config):
     """AdamW under a one-cycle schedule: linear warm-up, then cosine to zero."""
 
-    learning_rate: float = Field(2e-3, gt=0)
+    learning_rate: float = Field(3e-3, gt=0)
     weight_decay: float = Field(1e-2, ge=0)
     warmup: Share = Field(0.05, description="share of the run spent warming up")
     gradient_clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
@@ -201,7 +204,7 @@ class TrainingConfig(Config):
     )
     patience: int | None = Field(None, ge=1, description="epochs without a better score; None: off")
     validate_every: int = Field(1, ge=1, description="epochs between validations")
-    validation_patches: int = Field(16, ge=1, description="fixed patches scored after each epoch")
+    validation_patches: int = Field(32, ge=1, description="fixed patches scored after each epoch")
     workers: int = Field(0, ge=0, description="processes that augment; 0: in the training process")
     seed: int = Field(0, ge=0)
     loss: LossConfig = LossConfig()

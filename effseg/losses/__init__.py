@@ -23,6 +23,7 @@ def build_loss(config: LossConfig, *, ignore_label: int | None, n_classes: int) 
         cross_entropy_weight=config.cross_entropy_weight,
         dice_background=config.dice_background,
         dice_over_batch=config.dice_over_batch,
+        dice_smooth=config.dice_smooth,
         ignore_label=ignore_label,
     )
 

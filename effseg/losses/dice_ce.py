@@ -10,21 +10,21 @@ from effseg.errors import DataError, GeometryError, PlanError
 from effseg.losses.sums import Labels, class_sums
 from effseg.types import Logits
 
-SMOOTH = 1e-5
-
 
 class DiceCELoss(nn.Module):
     """`dice_weight` (1 - mean Dice) + `cross_entropy_weight` mean cross-entropy, of a softmax.
 
-    Dice of a class is (2 I + 1e-5) / (P + R + 1e-5) with intersection I, sum of probabilities P
-    and reference voxels R (Milletari et al. 2016, V-Net, arXiv:1606.04797, without its squares),
-    averaged over the classes, and over the samples unless `dice_over_batch`. Cross-entropy is
-    averaged over the voxels that are not ignored. Both are of this process's batch alone.
+    Dice of a class is (2 I + s) / (P + R + s) with intersection I, sum of probabilities P,
+    reference voxels R and `dice_smooth` s (Milletari et al. 2016, V-Net, arXiv:1606.04797, without
+    its squares), averaged over the classes, and over the samples unless `dice_over_batch`.
+    Cross-entropy is averaged over the voxels that are not ignored. Both are of this process's batch
+    alone.
 
     Edge cases, all finite:
 
-    - A class absent from the batch scores Dice near 0 until its probabilities vanish, and its
-      gradient there is nearly nil: cross-entropy is what teaches absence.
+    - A class that is absent scores s / (P + s): with a small s near 0 until its probabilities
+      vanish, its gradient nearly nil, and cross-entropy alone teaches absence; with an s of some
+      voxels a few false voxels cost as much as a few missed ones.
     - Ignored voxels add nothing to value or gradient; where all are ignored both are 0.
 
     A label that is neither a class nor ignored makes the loss NaN and its gradient 0: to refuse it
@@ -36,6 +36,7 @@ class DiceCELoss(nn.Module):
         cross_entropy_weight: at least 0; not both 0.
         dice_background: average class 0 into Dice too.
         dice_over_batch: one Dice a class over the whole batch, not one a sample.
+        dice_smooth: s above, in voxels, above 0.
         ignore_label: left out of loss and gradient.
 
     Raises:
@@ -49,6 +50,7 @@ class DiceCELoss(nn.Module):
         cross_entropy_weight: float = 1.0,
         dice_background: bool = False,
         dice_over_batch: bool = True,
+        dice_smooth: float = 1e-5,
         ignore_label: int | None = None,
     ) -> None:
         super().__init__()
@@ -62,6 +64,7 @@ class DiceCELoss(nn.Module):
         self.cross_entropy_weight = cross_entropy_weight
         self.dice_background = dice_background
         self.dice_over_batch = dice_over_batch
+        self.dice_smooth = dice_smooth
         self.ignore_label = ignore_label
 
     def forward(self, logits: Logits, labels: Labels) -> Float[Tensor, ""]:
@@ -87,7 +90,8 @@ class DiceCELoss(nn.Module):
         intersection, predicted, reference, _ = sums[
             ..., 0 if self.dice_background else 1 :
         ].unbind(1)
-        dice = (2 * intersection + SMOOTH) / (predicted + reference + SMOOTH)
+        smooth = self.dice_smooth
+        dice = (2 * intersection + smooth) / (predicted + reference + smooth)
         loss = self.dice_weight * (1 - dice.mean())
         loss = loss - self.cross_entropy_weight * log_likelihood / n_known.clamp(min=1)
         n_expected: int | Tensor = labels.numel()
@@ -101,7 +105,7 @@ class DiceCELoss(nn.Module):
         return (
             f"dice_weight={self.dice_weight}, cross_entropy_weight={self.cross_entropy_weight}, "
             f"dice_background={self.dice_background}, dice_over_batch={self.dice_over_batch}, "
-            f"ignore_label={self.ignore_label}"
+            f"dice_smooth={self.dice_smooth}, ignore_label={self.ignore_label}"
         )
 
 

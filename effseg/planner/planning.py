@@ -1,5 +1,6 @@
 """From a fingerprint and a budget to a plan, every number with its reason."""
 
+import math
 import re
 from pathlib import Path
 from typing import Literal, cast
@@ -9,7 +10,7 @@ from effseg.networks import MemoryMode
 from effseg.planner.facts import Progress, fingerprint
 from effseg.planner.geometry import Stages, median_shape, target_spacing
 from effseg.planner.machine import choose_device, choose_precision
-from effseg.planner.search import Answer, Question, search
+from effseg.planner.search import CPU_PATCH_VOXELS, Answer, Question, search
 from effseg.plans import (
     AugmentConfig,
     Channel,
@@ -36,6 +37,7 @@ ENCODER_LAYERS = (1, 2, 4, 4, 4, 4)
 DECODER_LAYERS = (1, 2, 2, 2, 2)
 """Few layers at full resolution, where each costs most: context comes from the coarse stages."""
 SIDED = re.compile(r"left|right|(^|[^a-z])[lr]([^a-z]|$)")
+LESION_SMOOTH = 10.0
 SMALL_SHARE = 0.01
 """Small components may be noise while less of a label's volume than this lies in them."""
 
@@ -74,7 +76,7 @@ def plan(
     spacing, why_spacing = target_spacing(facts)
     precision, why_precision = choose_precision(device)
     median = median_shape(facts, spacing)
-    loss = LossConfig()
+    loss, why_loss = choose_loss(facts)
     answer = search(
         Question(
             budget_bytes=budget,
@@ -114,6 +116,7 @@ def plan(
             else "features are stored once; norm, activation and 1x1 convolutions run again in "
             "backward, which is what makes this patch fit"
         ),
+        "loss": why_loss,
         "augment": why_flips,
         "normalisation": "; ".join(
             f"{c.name}: {'CT' if c.is_ct else 'z-score'}, {c.why}" for c in facts.channels
@@ -174,6 +177,22 @@ def normalisation(channel: ChannelFacts) -> Normalisation:
     )
 
 
+def choose_loss(facts: Fingerprint) -> tuple[LossConfig, str]:
+    """How Dice is counted, and why."""
+    if not _has_lesions(facts):
+        return LossConfig(), "Dice over the whole batch, and cross-entropy"
+    return LossConfig(dice_over_batch=False, dice_smooth=LESION_SMOOTH), (
+        "cross-entropy, and Dice for each sample, so that a small component weighs as much as a "
+        f"large one, with {LESION_SMOOTH:g} voxels added, so that false ones cost where there is "
+        "nothing to find"
+    )
+
+
+def _has_lesions(facts: Fingerprint) -> bool:
+    """Whether small components are part of the data set's truth."""
+    return max(label.small_share for label in facts.labels) >= SMALL_SHARE
+
+
 def choose_flips(facts: Fingerprint) -> tuple[tuple[Literal["z", "y", "x"], ...], str]:
     """Along which axes a mirrored patient could still be one, and why."""
     sided = [label.name for label in facts.labels if SIDED.search(label.name.lower())]
@@ -189,7 +208,7 @@ def choose_postprocess(facts: Fingerprint) -> tuple[PostprocessConfig, str]:
     """Whether small components are noise in this data set, and why."""
     smallest = min(label.component_mm3[0] for label in facts.labels)
     share = max(label.small_share for label in facts.labels)
-    if share < SMALL_SHARE:
+    if not _has_lesions(facts):
         return PostprocessConfig(fraction_of_largest=DEFAULT_FRACTION), (
             f"components under a third of their label's largest hold {share:.2%} of a label's "
             "volume in the references: in a prediction they are noise"
@@ -202,6 +221,11 @@ def choose_postprocess(facts: Fingerprint) -> tuple[PostprocessConfig, str]:
 
 
 def _why_patch(answer: Answer, median: tuple[int, int, int], budget: int) -> str:
+    if answer.too_large is None and math.prod(median) > 1.5 * math.prod(answer.step.patch):
+        return (
+            f"the median case has {_times(median)} voxels; on a CPU a patch has at most "
+            f"{CPU_PATCH_VOXELS:,}, so that a step takes about half a second"
+        )
     if answer.too_large is None:
         return f"the median case, {_times(median)} voxels, to the network's stride"
     next_one = answer.too_large

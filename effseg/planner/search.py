@@ -1,5 +1,6 @@
 """Patch and batch that fit the budget, found by tracing the real training step."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +20,9 @@ from effseg.types import Shape3, Spacing
 SMALLEST_BATCH = 2
 LARGEST_BATCH = 4
 """Past it, more steps teach more than larger batches."""
+CPU_PATCH_VOXELS = 2**16
+"""Four such patches are a step of about half a second on two cores. Larger ones would fit most
+budgets, and leave a training of minutes with a handful of steps."""
 HOST_RESERVE_BYTES = 144 * 2**20
 """Of a CPU's budget, for what is no tensor: threads' buffers, the convolutions' own workspace."""
 HOST_SLACK = 1.1
@@ -64,6 +68,11 @@ class Question:
     ignored: bool
     precision: str
     device: str
+
+    @property
+    def most_voxels(self) -> float:
+        """Of one patch."""
+        return math.inf if self.device.startswith("cuda") else CPU_PATCH_VOXELS
 
     def step(self, patch: Shape3, stages: Stages, batch: int, memory: MemoryMode) -> Step:
         """Trace one candidate; nothing is allocated."""
@@ -117,7 +126,11 @@ def search(question: Question) -> Answer:
     Raises:
         MemoryBudgetError: if the smallest patch does not fit; says what would.
     """
-    candidates = list(shrinking_patches(question.median, question.spacing))
+    candidates = [
+        (patch, stages)
+        for patch, stages in shrinking_patches(question.median, question.spacing)
+        if math.prod(patch) <= question.most_voxels
+    ]
     traced: dict[int, Step] = {}
 
     def fits(index: int) -> bool:

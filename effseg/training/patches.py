@@ -63,7 +63,9 @@ class TrainingPatches(TorchDataset[tuple[Tensor, Tensor]]):
 
 
 class ValidationPatches(TorchDataset[tuple[Tensor, Tensor]]):
-    """The same patches after every epoch, spread over the cases, on foreground where there is any.
+    """The same patches after every epoch, spread over the cases.
+
+    Half of them lie on foreground, half anywhere: what is found where nothing is counts as well.
 
     Args:
         cases: of the fold's validation part.
@@ -72,10 +74,10 @@ class ValidationPatches(TorchDataset[tuple[Tensor, Tensor]]):
     """
 
     def __init__(self, cases: Sequence[CachedCase], patch_size: Shape3, *, n_patches: int) -> None:
-        always = TrainingConfig(foreground=1.0)
+        half = TrainingConfig(foreground=0.5)
         chosen = [cases[i % len(cases)] for i in range(n_patches)]
         self.places = [
-            (case, draw_start(case, patch_size, np.random.default_rng((0, i)), always))
+            (case, draw_start(case, patch_size, np.random.default_rng((0, i)), half))
             for i, case in enumerate(chosen)
         ]
         self.patch_size = patch_size
