@@ -357,3 +357,16 @@ def test_deterministic_and_equal_on_cuda():
     assert torch.equal(there[0][1], there[1][1])
     assert torch.equal(there[0][0], there[1][0])
     torch.testing.assert_close(there[0][1].cpu(), here[1], atol=1e-8, rtol=1e-4)
+
+
+def test_smoothing_makes_false_voxels_cost_where_there_is_nothing() -> None:
+    labels = torch.zeros(1, 4, 4, 4, dtype=torch.uint8)
+    gradients = []
+    for smooth in (1e-5, 10.0):
+        logits = torch.zeros(1, 2, 4, 4, 4, dtype=torch.float64, requires_grad=True)
+        loss = DiceCELoss(cross_entropy_weight=0.0, dice_smooth=smooth)(logits, labels)
+        loss.backward()
+        gradients.append(float(logits.grad[0, 1].sum()))
+        # P = 32 of 64 voxels: the score is s / (P + s)
+        assert float(loss) == pytest.approx(1 - smooth / (32 + smooth), abs=1e-6)
+    assert gradients[1] > 1000 * gradients[0] > 0

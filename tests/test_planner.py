@@ -133,3 +133,30 @@ def test_real_multi_class_ct_is_planned(shared) -> None:
     assert [c.normalisation.kind for c in made.channels] == ["ct"]
     assert len(made.labels) == 8
     assert made.spacing[0] < made.spacing[1]
+
+
+def test_lesions_are_counted_each_and_kept(facts: Fingerprint) -> None:
+    labels = tuple(label.model_copy(update={"small_share": 0.05}) for label in facts.labels)
+    lesions = plan(facts.model_copy(update={"labels": labels}), memory="1GiB", device="cpu")
+    organs = plan(facts, memory="1GiB", device="cpu")
+    assert not lesions.training.loss.dice_over_batch
+    assert lesions.inference.postprocess.fraction_of_largest is None
+    assert lesions.inference.postprocess.minimum_mm3 > 0
+    assert organs.training.loss.dice_over_batch
+    assert organs.inference.postprocess.fraction_of_largest == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "flips"), [("left kidney", ()), ("Kidney_R", ()), ("liver", ("x",))]
+)
+def test_labels_with_a_side_are_not_flipped(facts: Fingerprint, name, flips) -> None:
+    labels = (facts.labels[0].model_copy(update={"name": name}), facts.labels[1])
+    made = plan(facts.model_copy(update={"labels": labels}), memory="1GiB", device="cpu")
+    assert made.training.augment.flip_axes == flips
+
+
+def test_on_a_cpu_a_step_stays_short(facts: Fingerprint) -> None:
+    larger = of_spacings(facts, [(1.0, 1.0, 1.0)] * 2, [(200, 300, 300)] * 2)
+    on_cpu = plan(larger, memory="4GiB", device="cpu")
+    on_card = plan(larger, memory="4GiB", device="cuda")
+    assert np.prod(on_cpu.patch_size) <= 2**16 < np.prod(on_card.patch_size)

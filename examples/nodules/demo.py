@@ -31,6 +31,12 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=6.0, help="of training")
     parser.add_argument("--train", type=int, default=60, help="volumes to render and learn from")
     parser.add_argument("--test", type=int, default=12, help="volumes to render and hold out")
+    parser.add_argument(
+        "--min-diameter-mm",
+        type=float,
+        default=8.0,
+        help="of the nodules to find; with 6 the small ones take a longer training",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--lidc", type=Path, help="a folder of LIDC-IDRI's DICOM and XML files")
     options = parser.parse_args()
@@ -45,7 +51,12 @@ def main() -> None:
     else:
         print(f"rendering {options.train} + {options.test} volumes around real outlines")
         findings = render_dataset(
-            data, find_database(), n_train=options.train, n_test=options.test, seed=options.seed
+            data,
+            find_database(),
+            n_train=options.train,
+            n_test=options.test,
+            seed=options.seed,
+            min_diameter_mm=options.min_diameter_mm,
         )
         held_out = [f.nodule for f in findings if f.held_out and f.is_target]
         agreement = reader_agreement(held_out)
