@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from effseg.dataset import read_dataset
 from effseg.errors import CheckpointError, DataError, PlanError
 from effseg.evaluation import Scores
+from effseg.planner import plan as make_plan
 from effseg.plans import Plan, TrainingConfig
 from effseg.training import choose_fold, train
 from effseg.training.cache import cache_case
@@ -204,3 +205,18 @@ def test_validation_patches_stay_the_same(cached) -> None:
     assert len(one) == 3
     for i in range(3):
         assert torch.equal(one[i][0], two[i][0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["openkbp-headneck", "totalsegmentator"])
+def test_real_multi_class_ct_trains_as_planned(shared, tmp_path: Path, name) -> None:
+    dataset = shared(name)
+    if name == "totalsegmentator":
+        listed = tmp_path / "ct.csv"
+        files = (dataset / "example_ct.nii.gz", dataset / "example_ct_seg61.nii.gz")
+        listed.write_text("image,label\n" + ",".join(map(str, files)) + "\n")
+        dataset = listed
+    planned = make_plan(dataset, memory="2GiB", device="cpu")
+    run = train(with_training(planned, steps_per_epoch=2), dataset, out=tmp_path / "r", epochs=1)
+    record = json.loads((run / "run.json").read_text())
+    assert record["memory"]["measured_peak_bytes"] <= planned.memory.budget_bytes

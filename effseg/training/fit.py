@@ -188,16 +188,20 @@ def with_choices(
 def choose_fold(dataset: Dataset, fold: int) -> Fold:
     """The cases of one of five folds, or of fewer where there are fewer cases.
 
+    A single case is learnt from and validated on, with a warning: the score then says nothing about
+    other cases.
+
     Raises:
-        DataError: if there are fewer than two labelled cases.
+        DataError: if there is no labelled case.
         PlanError: if there is no such fold.
     """
     n_cases = len(dataset.cases)
-    if n_cases < 2:
-        raise DataError(
-            f"{dataset.root}: {n_cases} labelled case; training needs two at least, one to learn "
-            "from and one to validate on"
-        )
+    if n_cases == 0:
+        raise DataError(f"{dataset.root}: no labelled case; training needs one at least")
+    if n_cases == 1:
+        logger.warning("%s has one case: it is validated on what it learns from", dataset.root)
+        only = (dataset.cases[0].name,)
+        return Fold(train=only, validation=only)
     n_folds = min(N_FOLDS, n_cases)
     if not 0 <= fold < n_folds:
         raise PlanError(f"fold {fold}; there are {n_folds}, counted from 0")
