@@ -304,7 +304,7 @@ def test_csv_with_patients_and_names(tmp_path: Path) -> None:
         f"{tmp_path}/data/images/case_07.nii.gz,data/labels/case_07.nii.gz,,",
     )
     dataset = read_dataset(table)
-    assert (dataset.name, dataset.layout, dataset.root) == ("pairs", "csv", tmp_path)
+    assert (dataset.name, dataset.layout, dataset.root) == ("pairs", "csv", tmp_path / "pairs.csv")
     assert [(case.name, case.patient) for case in dataset.cases] == [
         ("first", "anna"),
         ("case_07", None),

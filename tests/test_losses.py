@@ -368,5 +368,5 @@ def test_smoothing_makes_false_voxels_cost_where_there_is_nothing() -> None:
         loss.backward()
         gradients.append(float(logits.grad[0, 1].sum()))
         # P = 32 of 64 voxels: the score is s / (P + s)
-        assert float(loss) == pytest.approx(1 - smooth / (32 + smooth), abs=1e-6)
+        assert loss.item() == pytest.approx(1 - smooth / (32 + smooth), abs=1e-6)
     assert gradients[1] > 1000 * gradients[0] > 0

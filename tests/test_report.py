@@ -129,6 +129,7 @@ def make_plan(*, label: str = "nodule", kind: str = "zscore") -> Plan:
                     voxel_share=1.0,
                     n_components=5,
                     component_mm3=(12.0, 14, 40, 77.5, 200, 900, 1234.0),
+                    small_share=0.0,
                 ),
             ),
         ),

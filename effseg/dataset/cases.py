@@ -54,7 +54,7 @@ class Dataset:
 
     Attributes:
         name: of its folder or file.
-        root: the folder it lies in.
+        root: the folder it lies in, or the .csv that lists it.
         layout: "nnunet", "msd", "folders" or "csv".
         cases: sorted by name where the layout has no order of its own.
         channel_names: of the image's channels in their order; None where nothing declares them.

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from effseg.errors import PlanError
 from effseg.networks import tiles
@@ -35,6 +34,7 @@ from effseg.networks.pointwise import (
     fixed_statistics,
     from_rows,
     measured_state,
+    refuse_second_derivative,
     running_state,
     to_rows,
     update_running,
@@ -185,8 +185,8 @@ class _SharedDense(torch.autograd.Function):
         return (out, *statistics)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Any, ...]:
+        refuse_second_derivative()
         step: _Step = ctx.step
         out, mean, rstd, *rest = ctx.saved_tensors
         n_layers = len(ctx.n_middles)

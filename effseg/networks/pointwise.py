@@ -9,7 +9,6 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from effseg.networks import tiles
@@ -169,6 +168,19 @@ class FrozenStatistics:
         self.before.clear()
 
 
+def refuse_second_derivative() -> None:
+    """Raise in a backward that is itself to be differentiated.
+
+    torch's `once_differentiable` stays silent where the incoming gradient is a constant, and the
+    second derivative would be wrong.
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            'memory="shared" has no second derivative (create_graph=True); build the network with '
+            'memory="plain" for it'
+        )
+
+
 class _SharedNormActConv(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -190,8 +202,8 @@ class _SharedNormActConv(torch.autograd.Function):
         return from_rows(out, features.shape[2:])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative()
         features, gain, bias, weight, mean, rstd = ctx.saved_tensors
         state = NormState(mean, rstd, ctx.n_values)
         rows = to_rows(features)

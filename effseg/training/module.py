@@ -84,8 +84,9 @@ class SegmentationModule(pl.LightningModule):  # type: ignore[misc]  # Lightning
         loss: Tensor = self.training_loss(self.network(image), label)
         if not bool(torch.isfinite(loss)):
             raise DataError(
-                f"the loss became {float(loss)} in step {self.global_step}; the best weights so "
-                "far are kept. A lower learning_rate or precision float32 in plan.json may help, "
+                f"the loss became {float(loss.detach())} in step {self.global_step}; the best "
+                "weights so far are kept. A lower learning_rate or precision float32 in plan.json "
+                "may help, "
                 "`effseg check` looks at the data"
             )
         self.log("loss", loss.detach(), on_step=False, on_epoch=True, sync_dist=True)
