@@ -37,6 +37,10 @@ ENCODER_LAYERS = (1, 2, 4, 4, 4, 4)
 DECODER_LAYERS = (1, 2, 2, 2, 2)
 """Few layers at full resolution, where each costs most: context comes from the coarse stages."""
 SIDED = re.compile(r"left|right|(^|[^a-z])[lr]([^a-z]|$)")
+FOREGROUND = 0.5
+LESION_FOREGROUND = 0.33
+"""Share of patches on foreground: where lesions are the target, what is none of them is learnt from
+the rest (nnU-Net's share)."""
 LESION_SMOOTH = 10.0
 SMALL_SHARE = 0.01
 """Small components may be noise while less of a label's volume than this lies in them."""
@@ -134,7 +138,11 @@ def plan(
         precision=cast("Literal['float32', 'bfloat16', 'float16']", precision),
         device=device,
         network=step.network,
-        training=TrainingConfig(loss=loss, augment=AugmentConfig(flip_axes=flips)),
+        training=TrainingConfig(
+            loss=loss,
+            foreground=LESION_FOREGROUND if _has_lesions(facts) else FOREGROUND,
+            augment=AugmentConfig(flip_axes=flips),
+        ),
         inference=InferenceConfig(window_batch=step.batch, postprocess=rule),
         memory=Memory(
             budget_bytes=budget,
