@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from effseg.errors import PlanError
+from effseg.files import written_whole
 from effseg.types import Shape3, Spacing
 
 Positive3 = tuple[
@@ -291,10 +292,10 @@ class Plan(Config):
         return self
 
     def save(self, path: str | Path) -> Path:
-        """Write the plan as JSON."""
+        """Write the plan as JSON; the file appears whole or not at all."""
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        with written_whole(path) as partial:
+            partial.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
         return path
 
     @classmethod

@@ -4,7 +4,6 @@ Undefined numbers are None, never NaN: JSON has no NaN, and None cannot slip int
 """
 
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal, Self
@@ -12,6 +11,7 @@ from typing import Literal, Self
 from pydantic import Field, ValidationError
 
 from effseg.errors import DataError
+from effseg.files import written_whole
 from effseg.plans import Config
 
 Metric = Literal[
@@ -181,17 +181,9 @@ class Scores(Config):
             DataError: if it cannot be written.
         """
         path = Path(path)
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                with part.open("w", encoding="utf-8") as file:
-                    file.write(self.model_dump_json(indent=2) + "\n")
-                    file.flush()
-                    os.fsync(file.fileno())
-                part.replace(path)
-            finally:
-                part.unlink(missing_ok=True)
+            with written_whole(path) as partial:
+                partial.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
         except OSError as error:
             raise DataError(f"{path}: cannot be written ({error.strerror or error})") from error
         return path

@@ -1,15 +1,14 @@
 """Volumes to files: whole and checked, or not at all."""
 
 import os
-import secrets
 import zlib
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
 from effseg.errors import DataError, EffsegError
+from effseg.files import written_whole
 from effseg.io.formats import Format, format_of
 from effseg.io.header import check_spacing
 from effseg.io.payload import payload
@@ -49,30 +48,23 @@ def write_volume(volume: Volume, path: str | Path) -> Path:
         raise DataError(f"{path}: nothing to write, the volume has no channels")
     dtype = _stored_dtype(path, volume.array)
     head = form.write_header(path, volume.grid, dtype, volume.n_channels)
-    target = Path(os.path.realpath(path))  # a link keeps pointing; what is behind it is replaced
-    partial = target.parent / f".{secrets.token_hex(6)}.partial"
+    if path.exists() and not path.is_file():
+        raise DataError(f"{path}: is there and not a regular file; choose another name")
     try:
-        if target.exists() and not target.is_file():
-            raise DataError(f"{path}: is there and not a regular file; choose another name")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        checksum = _write(partial, form, head, volume.array, dtype)
-        try:
-            _verify(partial, form, volume.grid, dtype, volume.n_channels, checksum)
-        except EffsegError as error:
-            raise DataError(
-                f"{path}: is not what was written, is the disk full? {error}"
-            ) from error
-        partial.replace(target)
-        _sync_folder(target.parent)
+        with written_whole(path) as partial:
+            checksum = _write(partial, form, head, volume.array, dtype)
+            try:
+                _verify(partial, form, volume.grid, dtype, volume.n_channels, checksum)
+            except EffsegError as error:
+                raise DataError(
+                    f"{path}: is not what was written, is the disk full? {error}"
+                ) from error
     except OSError as error:
         n_bytes = volume.grid.n_voxels * volume.n_channels * dtype.itemsize
         raise DataError(
             f"{path}: cannot be written: {error.strerror or error} ({n_bytes} bytes of voxels "
             "before compression); nothing was left behind"
         ) from error
-    finally:
-        with suppress(OSError):
-            partial.unlink()
     return path
 
 
@@ -149,14 +141,3 @@ def _verify(
         again = zlib.crc32(block, again)
     if again != checksum:
         raise DataError(f"{partial}: other voxels")
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the new name last through a power cut, where the system can."""
-    if os.name != "posix":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

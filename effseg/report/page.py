@@ -1,7 +1,6 @@
 """The page: what the template is given, and how the file gets there whole."""
 
 import importlib.resources
-import os
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any, Literal
 from effseg import __version__
 from effseg.errors import DataError, EffsegError
 from effseg.evaluation import CaseScore, Scores
+from effseg.files import written_whole
 from effseg.plans import Plan, format_bytes
 from effseg.report import results
 from effseg.report.charts import FRAME, draw_curves
@@ -254,13 +254,8 @@ def _plan_without_lists(plan: Plan) -> str:
 
 
 def _write_whole(path: Path, text: str) -> None:
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            part.write_text(text, encoding="utf-8", errors="replace")
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
+        with written_whole(path) as partial:
+            partial.write_text(text, encoding="utf-8", errors="replace")
     except OSError as error:
         raise DataError(f"{path}: cannot be written ({error.strerror or error})") from error

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 import effseg
+from effseg.files import written_whole
 from effseg.memory import PeakResident
 from effseg.plans import Plan
 from effseg.training.module import SegmentationModule
@@ -142,9 +142,8 @@ class BestWeights(pl.Callback):  # type: ignore[misc]
             return
         self.best_score, self.best_epoch = score, trainer.current_epoch
         state = pl_module.averaged.module.state_dict()
-        temporary = self.path.with_name(f".{self.path.name}.part")
-        save_file({name: tensor.cpu().contiguous() for name, tensor in state.items()}, temporary)
-        replace_durably(temporary, self.path)
+        with written_whole(self.path) as partial:
+            save_file({name: tensor.cpu().contiguous() for name, tensor in state.items()}, partial)
 
 
 @dataclass
@@ -211,16 +210,8 @@ class RunRecord(pl.Callback):  # type: ignore[misc]
             },
             "notes": list(self.notes),
         }
-        temporary = self.path.with_name(f".{self.path.name}.part")
-        temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        replace_durably(temporary, self.path)
-
-
-def replace_durably(temporary: Path, path: Path) -> None:
-    """Put a finished file in its place; a crash leaves the old one or the new one."""
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)
+        with written_whole(self.path) as partial:
+            partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 def _stopped_by(trainer: pl.Trainer, module: SegmentationModule) -> StoppedBy:
