@@ -343,12 +343,14 @@ def _planned(dataset: Path, memory: str, device: str | None) -> "Plan":
 
 
 def _print_plan(made: "Plan") -> None:
+    from effseg.plans import format_shape
+
     table = Table("choice", "value", "because", title=f"plan for {made.dataset}")
     values = {
         "device": made.device,
         "precision": made.precision,
         "spacing": " x ".join(f"{s:.3g}" for s in made.spacing) + " mm",
-        "patch_size": " x ".join(map(str, made.patch_size)),
+        "patch_size": format_shape(made.patch_size),
         "batch_size": str(made.batch_size),
         "recompute": made.network.memory,
         "augment": "flip " + (" ".join(made.training.augment.flip_axes) or "none"),

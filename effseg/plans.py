@@ -5,7 +5,9 @@ keys, wrong types, numbers out of range and NaN are refused with the place where
 """
 
 import json
+import math
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -143,10 +145,7 @@ class NetworkConfig(Config):
     @property
     def total_stride(self) -> Shape3:
         """Input voxels per voxel of the coarsest stage: patch sizes are multiples of it."""
-        z = y = x = 1
-        for stride in self.strides:
-            z, y, x = z * stride[0], y * stride[1], x * stride[2]
-        return (z, y, x)
+        return total_stride(self.strides)
 
 
 class LossConfig(Config):
@@ -347,6 +346,17 @@ def parse_bytes(text: str | int) -> int:
     return n_bytes
 
 
+def total_stride(strides: Iterable[Shape3]) -> Shape3:
+    """The product of the strides along each axis."""
+    z, y, x = (math.prod(along) for along in zip(*strides, strict=True))
+    return (z, y, x)
+
+
+def format_shape(shape: Shape3) -> str:
+    """Lengths as people read them: `64 x 112 x 112`."""
+    return " x ".join(str(n) for n in shape)
+
+
 def format_bytes(n_bytes: float) -> str:
     """Bytes as people read them: `1.50 GiB`, `64 MiB`, `12 B`."""
     for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
@@ -386,5 +396,7 @@ __all__ = [
     "Spacing",
     "TrainingConfig",
     "format_bytes",
+    "format_shape",
     "parse_bytes",
+    "total_stride",
 ]

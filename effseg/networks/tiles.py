@@ -80,6 +80,13 @@ def _row(statistics: Tensor, tile: Tile) -> Tensor:
     return statistics[tile[0] if statistics.shape[0] > 1 else 0]
 
 
+def _by_row(sums: Tensor, statistics: Tensor) -> tuple[Tensor, Tensor]:
+    """Two sums of each tile, (2, tiles, channels), to two of each row of statistics."""
+    n_rows, n_channels = statistics.shape
+    one, other = sums.view(2, n_rows, -1, n_channels).sum(2)
+    return one.clone(), other.clone()  # an operator's results may not share memory
+
+
 def _activated(tile: Tensor, scale: Tensor, shift: Tensor, slope: float) -> Tensor:
     """act(scale * tile + shift), a new tensor in the accumulator's type."""
     wide = torch.addcmul(shift, tile.to(scale.dtype), scale)
@@ -215,8 +222,7 @@ def affine_act_linear_backward(
         target.copy_(torch.addcmul(target.to(dtype), g, factor))
 
     _each_tile(rows, work)
-    sum_g, sum_gx = sums.view(2, scale.shape[0], -1, scale.shape[1]).sum(2)
-    return weight_gradients.sum(0, dtype=dtype), sum_g.clone(), sum_gx.clone()
+    return weight_gradients.sum(0, dtype=dtype), *_by_row(sums, scale)
 
 
 @affine_act_linear_backward.register_fake
@@ -274,8 +280,7 @@ def activation_backward(
         torch.sum(torch.mul(g, given, out=wide), 0, out=sums[1, index])
 
     _each_tile(rows, work)
-    sum_g, sum_gx = sums.view(2, scale.shape[0], -1, scale.shape[1]).sum(2)
-    return sum_g.clone(), sum_gx.clone()
+    return _by_row(sums, scale)
 
 
 @activation_backward.register_fake

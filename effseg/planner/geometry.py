@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from effseg.plans import Fingerprint
+from effseg.plans import Fingerprint, total_stride
 from effseg.types import Shape3, Spacing
 
 ANISOTROPY = 3.0
@@ -31,8 +31,7 @@ class Stages:
     @property
     def total_stride(self) -> Shape3:
         """Voxels per voxel of the coarsest stage."""
-        z, y, x = (math.prod(stride[axis] for stride in self.strides) for axis in range(3))
-        return (z, y, x)
+        return total_stride(self.strides)
 
 
 def target_spacing(fingerprint: Fingerprint) -> tuple[Spacing, str]:
@@ -102,7 +101,6 @@ def shrinking_patches(median: Shape3, spacing: Spacing) -> Iterator[tuple[Shape3
     rounding up would spend up to half of every step on padding. The next one gives up one step of
     the axis that is longest in mm, so patches approach equal lengths in mm.
     """
-    stages = stages_for(median, spacing)
     wanted = list(median)
     seen: set[Shape3] = set()
     while True:

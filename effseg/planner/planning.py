@@ -26,6 +26,7 @@ from effseg.plans import (
     PostprocessConfig,
     TrainingConfig,
     format_bytes,
+    format_shape,
     parse_bytes,
 )
 from effseg.postprocess import DEFAULT_FRACTION
@@ -231,15 +232,15 @@ def choose_postprocess(facts: Fingerprint) -> tuple[PostprocessConfig, str]:
 def _why_patch(answer: Answer, median: tuple[int, int, int], budget: int) -> str:
     if answer.too_large is None and math.prod(median) > 1.5 * math.prod(answer.step.patch):
         return (
-            f"the median case has {_times(median)} voxels; on a CPU a patch has at most "
+            f"the median case has {format_shape(median)} voxels; on a CPU a patch has at most "
             f"{CPU_PATCH_VOXELS:,}, so that a step takes about half a second"
         )
     if answer.too_large is None:
-        return f"the median case, {_times(median)} voxels, to the network's stride"
+        return f"the median case, {format_shape(median)} voxels, to the network's stride"
     next_one = answer.too_large
     return (
-        f"the median case has {_times(median)} voxels; {_times(next_one.patch)} would need "
-        f"{format_bytes(next_one.peak_bytes)}, the budget is {format_bytes(budget)}"
+        f"the median case has {format_shape(median)} voxels; {format_shape(next_one.patch)} would "
+        f"need {format_bytes(next_one.peak_bytes)}, the budget is {format_bytes(budget)}"
     )
 
 
@@ -258,7 +259,3 @@ def _why_network(config: NetworkConfig) -> str:
         f"{config.growth_rate}; an axis is halved while 4 voxels remain and it is not twice as "
         "coarse as the finest"
     )
-
-
-def _times(shape: tuple[int, int, int]) -> str:
-    return " x ".join(str(n) for n in shape)

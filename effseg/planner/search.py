@@ -1,6 +1,7 @@
 """Patch and batch that fit the budget, found by tracing the real training step."""
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +15,7 @@ from effseg.losses import DeepSupervisionLoss, build_loss
 from effseg.memory import MemoryReport, trace_peak
 from effseg.networks import MemoryMode, build_network
 from effseg.planner.geometry import Stages, shrinking_patches
-from effseg.plans import LossConfig, NetworkConfig, format_bytes
+from effseg.plans import LossConfig, NetworkConfig, format_bytes, format_shape
 from effseg.types import Shape3, Spacing
 
 SMALLEST_BATCH = 2
@@ -138,29 +139,19 @@ def search(question: Question) -> Answer:
         traced[index] = question.step(patch, stages, SMALLEST_BATCH, "shared")
         return traced[index].peak_bytes <= question.budget_bytes
 
-    # patches shrink from candidate to candidate, so bisect for the first that fits
-    if fits(0):
-        low = 0
-    else:
-        low, high = 1, len(candidates)
-        while low < high:
-            middle = (low + high) // 2
-            if fits(middle):
-                high = middle
-            else:
-                low = middle + 1
-    if low == len(candidates):
-        smallest = traced[low - 1]
+    # patches shrink from candidate to candidate, so bisect for the first that fits; often it is
+    # the largest, which one trace tells
+    first = 0 if fits(0) else bisect_left(range(len(candidates)), True, lo=1, key=fits)
+    if first == len(candidates):
+        smallest = traced[first - 1]
         raise MemoryBudgetError(
             f"a budget of {format_bytes(question.budget_bytes)}; the smallest patch worth training "
-            f"on, {_times(smallest.patch)} at batch {SMALLEST_BATCH}, takes "
+            f"on, {format_shape(smallest.patch)} at batch {SMALLEST_BATCH}, takes "
             f"{format_bytes(smallest.peak_bytes)}: "
             f"--memory {-(-smallest.peak_bytes // 2**20)}MiB would do"
         )
-    if low not in traced:
-        fits(low)
-    best = traced[low]
-    patch, stages = candidates[low]
+    best = traced[first]
+    patch, stages = candidates[first]
     for batch in range(LARGEST_BATCH, SMALLEST_BATCH, -1):
         larger = question.step(patch, stages, batch, "shared")
         if larger.peak_bytes <= question.budget_bytes:
@@ -169,8 +160,4 @@ def search(question: Question) -> Answer:
     plain = question.step(patch, stages, best.batch, "plain")
     if plain.peak_bytes <= question.budget_bytes:
         best = plain
-    return Answer(step=best, too_large=traced.get(low - 1))
-
-
-def _times(shape: Shape3) -> str:
-    return " x ".join(str(n) for n in shape)
+    return Answer(step=best, too_large=traced.get(first - 1))
