@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from effseg.errors import GeometryError, PlanError
+from effseg.kernels import tiles
 from effseg.memory import measure_peak
-from effseg.networks import DenseBlock, DenseUNet, NormActConv, tiles
+from effseg.networks import DenseBlock, DenseUNet, NormActConv
 from effseg.plans import NetworkConfig
 
 MODES = ("plain", "shared", "checkpoint")

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from effseg.errors import PlanError
-from effseg.networks import tiles
+from effseg.kernels import tiles
 from effseg.networks.pointwise import (
     CONVS,
     SLOPES,

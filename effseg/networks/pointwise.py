@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from effseg.networks import tiles
+from effseg.kernels import tiles
 from effseg.types import Features
 
 Norm = Literal["batch", "instance"]
