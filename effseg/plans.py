@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from effseg.devices import DEVICE_NAME, Precision
 from effseg.errors import PlanError
 from effseg.files import written_whole
 from effseg.types import Shape3, Spacing
@@ -257,8 +258,8 @@ class Plan(Config):
     )
     patch_size: Positive3
     batch_size: int = Field(ge=1)
-    precision: Literal["float32", "bfloat16", "float16"] = "float32"
-    device: str = Field("cpu", pattern=r"^(cpu|cuda(:\d+)?)$")
+    precision: Precision = "float32"
+    device: str = Field("cpu", pattern=DEVICE_NAME)
     network: NetworkConfig
     training: TrainingConfig = TrainingConfig()
     inference: InferenceConfig = InferenceConfig()

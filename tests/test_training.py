@@ -147,6 +147,15 @@ def test_how_long_must_be_said(tiny_plan: Plan, tiny_dataset: Path, tmp_path: Pa
         train(with_training(tiny_plan, epochs=None), tiny_dataset, out=tmp_path / "r")
 
 
+def test_a_device_that_is_not_here_is_refused(
+    tiny_plan: Plan, tiny_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(PlanError, match="CUDA devices here"):
+        train(tiny_plan, tiny_dataset, out=tmp_path / "r", device="cuda")
+    assert not (tmp_path / "r").exists()
+
+
 def test_folds_that_are_not_there_are_refused(tiny_dataset: Path) -> None:
     dataset = read_dataset(tiny_dataset)
     with pytest.raises(PlanError, match="there are 5"):

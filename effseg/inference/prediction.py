@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from effseg.dataset import Case, read_image
+from effseg.devices import AUTOCAST, device_kind
 from effseg.errors import MemoryBudgetError
-from effseg.inference.predictor import DTYPES, Predictor, Progress
+from effseg.inference.predictor import Predictor, Progress
 from effseg.inference.run import Run, load_run
 from effseg.io import read_grid, read_volume, write_volume
 from effseg.memory import trace_forward
@@ -126,8 +127,8 @@ def forecast(run: Run, grid: Grid) -> Forecast:
     window = trace_forward(
         run.network,
         (plan.inference.window_batch, n_channels, *plan.patch_size),
-        autocast=DTYPES.get(plan.precision),
-        device="cuda" if plan.device.startswith("cuda") else "cpu",
+        autocast=AUTOCAST[plan.precision],
+        device=device_kind(plan.device),
     )
     native = grid.n_voxels
     image = 4 * n_channels * inner.n_voxels

@@ -1,27 +1,23 @@
 """A network slid over a volume in overlapping windows."""
 
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from itertools import chain, combinations
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from effseg.devices import AUTOCAST, Precision, present_device
 from effseg.errors import DataError, PlanError
 from effseg.io import read_volume, write_volume
 from effseg.tiling import gaussian_weights, padding, windows
 from effseg.types import Array, Shape3, Slices3
 from effseg.volume import Grid, Volume
 
-Precision = Literal["float32", "bfloat16", "float16"]
 Progress = Callable[[int, int], None]
 """Called with (windows done, windows in all)."""
-
-DTYPES: dict[str, torch.dtype] = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Predictor:
@@ -61,7 +57,7 @@ class Predictor:
             )
         if not 0 <= overlap < 1:
             raise PlanError(f"overlap {overlap}; expected 0 <= overlap < 1")
-        self.device = checked_device(device)
+        self.device = present_device(device)
         self.network = network.to(self.device).eval()
         self.patch_size = patch_size
         self.overlap = overlap
@@ -155,31 +151,15 @@ class Predictor:
         assert mean is not None
         return mean.div_(len(self.mirrors))
 
-    def _autocast(self) -> torch.autocast | nullcontext[None]:
-        if self.precision == "float32":
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype=DTYPES[self.precision])
+    def _autocast(self) -> torch.autocast:
+        dtype = AUTOCAST[self.precision]
+        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
 
 
 def mirrors() -> tuple[tuple[int, ...], ...]:
     """The axes of (N, C, z, y, x) to flip for each of the 8 mirrors, the unchanged one first."""
     axes = (2, 3, 4)
     return tuple(chain.from_iterable(combinations(axes, n) for n in range(4)))
-
-
-def checked_device(name: str) -> torch.device:
-    """The device of that name.
-
-    Raises:
-        PlanError: if torch does not know it or it is not there.
-    """
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise PlanError(f'device {name!r}; expected "cpu", "cuda" or "cuda:<number>"') from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise PlanError(f"device {name!r}, but torch sees no CUDA device here; use --device cpu")
-    return device
 
 
 def _padded(

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
-Device: TypeAlias = Literal["cpu", "cuda"]
+from effseg.devices import DeviceKind
+
+Device: TypeAlias = DeviceKind
 
 VALUE_TAGS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 NORMS = {"native_batch_norm", "_native_batch_norm_legit", "native_group_norm", "native_layer_norm"}

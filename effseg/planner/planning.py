@@ -3,9 +3,10 @@
 import math
 import re
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal
 
 from effseg.dataset import Dataset, read_dataset
+from effseg.devices import device_kind
 from effseg.networks import MemoryMode
 from effseg.planner.facts import Progress, fingerprint
 from effseg.planner.geometry import Stages, median_shape, target_spacing
@@ -72,6 +73,7 @@ def plan(
     """
     budget = parse_bytes(memory)
     device, why_device = choose_device(device)
+    kind = device_kind(device)
     if isinstance(dataset, Fingerprint):
         facts = dataset
     else:
@@ -79,7 +81,7 @@ def plan(
             dataset = read_dataset(dataset)
         facts = fingerprint(dataset, progress=progress)
     spacing, why_spacing = target_spacing(facts)
-    precision, why_precision = choose_precision(device)
+    precision, why_precision = choose_precision(kind)
     median = median_shape(facts, spacing)
     loss, why_loss = choose_loss(facts)
     answer = search(
@@ -91,7 +93,7 @@ def plan(
             loss=loss,
             ignored=facts.ignore_label is not None,
             precision=precision,
-            device=device,
+            device=kind,
         )
     )
     step = answer.step
@@ -136,7 +138,7 @@ def plan(
         spacing=spacing,
         patch_size=step.patch,
         batch_size=step.batch,
-        precision=cast("Literal['float32', 'bfloat16', 'float16']", precision),
+        precision=precision,
         device=device,
         network=step.network,
         training=TrainingConfig(

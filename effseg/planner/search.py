@@ -5,11 +5,11 @@ from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
 
 import torch
 from torch.optim import AdamW
 
+from effseg.devices import AUTOCAST, DeviceKind, Precision
 from effseg.errors import MemoryBudgetError
 from effseg.losses import DeepSupervisionLoss, build_loss
 from effseg.memory import MemoryReport, trace_peak
@@ -30,12 +30,6 @@ HOST_SLACK = 1.1
 """Resident memory over tensor bytes: freed memory that the allocator keeps."""
 DEVICE_RESERVE_BYTES = 600 * 2**20
 """Of a GPU's budget, for the CUDA context and cuDNN's workspace."""
-
-DTYPES: dict[str, torch.dtype | None] = {
-    "float32": None,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
 
 
 @dataclass(frozen=True)
@@ -67,13 +61,13 @@ class Question:
     build_config: Callable[[Stages, MemoryMode], NetworkConfig]
     loss: LossConfig
     ignored: bool
-    precision: str
-    device: str
+    precision: Precision
+    device: DeviceKind
 
     @property
     def most_voxels(self) -> float:
         """Of one patch."""
-        return math.inf if self.device.startswith("cuda") else CPU_PATCH_VOXELS
+        return math.inf if self.device == "cuda" else CPU_PATCH_VOXELS
 
     def step(self, patch: Shape3, stages: Stages, batch: int, memory: MemoryMode) -> Step:
         """Trace one candidate; nothing is allocated."""
@@ -82,7 +76,6 @@ class Question:
         loss = build_loss(
             self.loss, ignore_label=n_classes if self.ignored else None, n_classes=n_classes
         )
-        kind: Literal["cpu", "cuda"] = "cuda" if self.device.startswith("cuda") else "cpu"
         with torch.device("meta"):
             network = build_network(config)
         report = trace_peak(
@@ -92,12 +85,12 @@ class Question:
             label_shape=(batch, *patch),
             label_dtype=torch.uint8,
             optimizer=partial(AdamW, lr=1e-3),
-            autocast=DTYPES[self.precision],
-            device=kind,
+            autocast=AUTOCAST[self.precision],
+            device=self.device,
         )
         # the averaged weights stand beside the network's own
         tensors = report.peak_bytes + report.parameter_bytes
-        if kind == "cuda":
+        if self.device == "cuda":
             peak = tensors + DEVICE_RESERVE_BYTES
         else:
             peak = round(tensors * HOST_SLACK) + HOST_RESERVE_BYTES

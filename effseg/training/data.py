@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 
 from effseg.augment import build_augmentation
 from effseg.dataset import Case
+from effseg.devices import device_kind
 from effseg.plans import Plan
 from effseg.training.cache import CachedCase, cache_case
 from effseg.training.patches import TrainingPatches, ValidationPatches
@@ -72,7 +73,7 @@ class PatchData(pl.LightningDataModule):  # type: ignore[misc]  # Lightning ship
             patches,
             batch_size=self.plan.batch_size,
             num_workers=training.workers,
-            pin_memory=self.plan.device.startswith("cuda"),
+            pin_memory=device_kind(self.plan.device) == "cuda",
         )
 
     def val_dataloader(self) -> Batches:

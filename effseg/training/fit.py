@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from effseg.dataset import Dataset, Fold, folds, read_dataset
+from effseg.devices import Precision, present_device
 from effseg.errors import DataError, EffsegError, PlanError
 from effseg.plans import Plan
 from effseg.training.callbacks import (
@@ -30,7 +31,11 @@ from effseg.training.module import SegmentationModule
 logger = logging.getLogger("effseg")
 
 N_FOLDS = 5
-PRECISIONS = {"float32": "32-true", "bfloat16": "bf16-mixed", "float16": "16-mixed"}
+PRECISIONS: dict[Precision, str] = {
+    "float32": "32-true",
+    "bfloat16": "bf16-mixed",
+    "float16": "16-mixed",
+}
 
 
 def train(
@@ -73,7 +78,8 @@ def train(
         of the best validation Dice) and checkpoints/.
 
     Raises:
-        PlanError: if plan and data set do not fit, or minutes and epochs are both or neither set.
+        PlanError: if plan and data set do not fit, minutes and epochs are both or neither set, or
+            the device is not here.
         DataError: if `out` is taken, or a case cannot be used.
     """
     if not isinstance(plan, Plan):
@@ -82,6 +88,7 @@ def train(
         dataset = read_dataset(dataset)
     plan = with_choices(plan, minutes=minutes, epochs=epochs, device=device, seed=seed)
     chosen = choose_fold(dataset, fold)
+    accelerator = present_device(plan.device).type
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DataError(f"{out}: not empty; name a new folder, so that two runs cannot mix")
@@ -125,7 +132,7 @@ def train(
             )
         with _quiet_lightning():
             trainer = pl.Trainer(
-                accelerator="cuda" if plan.device.startswith("cuda") else "cpu",
+                accelerator=accelerator,
                 devices=devices,
                 strategy="ddp_spawn" if devices > 1 else "auto",
                 precision=PRECISIONS[plan.precision],
