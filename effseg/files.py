@@ -1,10 +1,21 @@
-"""Files that appear under their name whole, or not at all."""
+"""Files that appear under their name whole or not at all, and JSON that is refused by name."""
 
+import json
 import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from effseg.errors import DataError, EffsegError
+
+Model = TypeVar("Model", bound=BaseModel)
+
+MOST_PLACES = 5
+"""Of a document's mistakes, named in one message."""
 
 
 @contextmanager
@@ -30,6 +41,94 @@ def written_whole(path: str | Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             partial.unlink()
+
+
+def write_text_whole(path: str | Path, text: str) -> Path:
+    """Write a text file as `written_whole` does; what UTF-8 cannot hold becomes `?`.
+
+    Raises:
+        DataError: if it cannot be written.
+    """
+    path = Path(path)
+    try:
+        with written_whole(path) as partial:
+            partial.write_text(text, encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written ({error.strerror or error})") from error
+    return path
+
+
+def read_json(path: Path, *, error: type[EffsegError]) -> Any:
+    """What a JSON file holds.
+
+    Args:
+        path: of the file.
+        error: what to raise.
+
+    Raises:
+        EffsegError: `error`, if the file cannot be read, is no JSON, or says one key twice; the
+            message names the file and the line.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_no_key_twice)
+    except (OSError, UnicodeDecodeError) as cause:
+        raise error(f"{path}: cannot be read as text ({cause})") from cause
+    except json.JSONDecodeError as cause:
+        raise error(
+            f"{path}: not JSON: {cause.msg} in line {cause.lineno}, column {cause.colno}"
+        ) from cause
+    except (RecursionError, ValueError) as cause:
+        raise error(f"{path}: JSON that cannot be used ({cause})") from cause
+
+
+def load_model(
+    kind: type[Model], path: str | Path, *, error: type[EffsegError], what: str, hint: str
+) -> Model:
+    """What a JSON file holds, as a model.
+
+    Args:
+        kind: of the model.
+        path: of the file.
+        error: what to raise.
+        what: the model's name in a message.
+        hint: the next step where there is no such file.
+
+    Raises:
+        EffsegError: `error`, as `read_json`, and if the content is not what the model allows; the
+            message names the file and each place in it.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise error(f"{path}: no such {what}; {hint}")
+    try:
+        return kind.model_validate(read_json(path, error=error))
+    except ValidationError as cause:
+        raise error(f"{path}: {name_places(cause, what=what)}") from cause
+
+
+def name_places(error: ValidationError, *, what: str) -> str:
+    """What a model refused and where, in one line; `what` where the whole is meant."""
+    named = [
+        f"{'.'.join(str(part) for part in entry['loc']) or what}: {entry['msg']}"
+        + _got(entry.get("input"))
+        for entry in error.errors()[:MOST_PLACES]
+    ]
+    more = error.error_count() - len(named)
+    return "; ".join(named) + (f"; and {more} more" if more > 0 else "")
+
+
+def _got(value: Any) -> str:
+    text = repr(value)
+    return f", got {text}" if len(text) <= 60 else ""
+
+
+def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) != len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice!r} stands in it twice")
+    return content
 
 
 def _sync(path: Path) -> None:

@@ -4,18 +4,17 @@ How a plan is made stands in `planner`. Plans are meant to be read and edited by
 keys, wrong types, numbers out of range and NaN are refused with the place where they stand.
 """
 
-import json
 import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from effseg.devices import DEVICE_NAME, Precision
 from effseg.errors import PlanError
-from effseg.files import written_whole
+from effseg.files import load_model, write_text_whole
 from effseg.types import Shape3, Spacing
 
 Positive3 = tuple[
@@ -292,11 +291,12 @@ class Plan(Config):
         return self
 
     def save(self, path: str | Path) -> Path:
-        """Write the plan as JSON; the file appears whole or not at all."""
-        path = Path(path)
-        with written_whole(path) as partial:
-            partial.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        return path
+        """Write the plan as JSON; the file appears whole or not at all.
+
+        Raises:
+            DataError: if it cannot be written.
+        """
+        return write_text_whole(path, self.model_dump_json(indent=2) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -306,19 +306,8 @@ class Plan(Config):
             PlanError: if the file is missing, is no JSON, or says something impossible; the
                 message names the file and each place in it.
         """
-        path = Path(path)
-        try:
-            return cls.model_validate(json.loads(path.read_text(encoding="utf-8")))
-        except FileNotFoundError:
-            raise PlanError(f"{path}: no such plan; `effseg plan` writes one") from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise PlanError(f"{path}: cannot be read as text ({error})") from error
-        except json.JSONDecodeError as error:
-            raise PlanError(
-                f"{path}: not JSON: {error.msg} in line {error.lineno}, column {error.colno}"
-            ) from error
-        except ValidationError as error:
-            raise PlanError(f"{path}: {_places(error)}") from error
+        hint = "`effseg plan` writes one"
+        return load_model(cls, path, error=PlanError, what="plan", hint=hint)
 
 
 _UNITS = {"": 1, "B": 1} | {
@@ -364,19 +353,6 @@ def format_bytes(n_bytes: float) -> str:
         if abs(n_bytes) >= size:
             return f"{n_bytes / size:.{2 if unit == 'GiB' else 0}f} {unit}"
     return f"{n_bytes:.0f} B"
-
-
-def _places(error: ValidationError) -> str:
-    return "; ".join(
-        f"{'.'.join(str(part) for part in entry['loc']) or 'plan'}: {entry['msg']}"
-        + _got(entry.get("input"))
-        for entry in error.errors()
-    )
-
-
-def _got(value: Any) -> str:
-    text = repr(value)
-    return f", got {text}" if len(text) <= 60 else ""
 
 
 __all__ = [

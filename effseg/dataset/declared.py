@@ -1,11 +1,11 @@
 """What a dataset.json declares: labels, channels, how many cases. Read as data, never trusted."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from effseg.errors import DataError
+from effseg.files import read_json
 
 LARGEST_TEXT_BYTES = 16 * 2**20
 """A list of a hundred thousand cases fits in; nothing bigger is a data set's description."""
@@ -30,8 +30,8 @@ class Declared:
     n_cases: int | None = None
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
+def read_description(path: Path) -> dict[str, Any]:
+    """The object in a dataset.json.
 
     Raises:
         DataError: if it cannot be read, is larger than 16 MiB, is no JSON object, or says one key
@@ -39,19 +39,9 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():  # a pipe of that name would never end
         raise DataError(f"{path}: not a regular file; expected a JSON object in a file")
-    try:
-        n_bytes = path.stat().st_size
-        if n_bytes > LARGEST_TEXT_BYTES:
-            raise DataError(f"{path}: {n_bytes} bytes; expected at most {LARGEST_TEXT_BYTES}")
-        content = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_no_key_twice)
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read as text ({error})") from error
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{path}: not JSON: {error.msg} in line {error.lineno}, column {error.colno}"
-        ) from error
-    except (RecursionError, ValueError) as error:
-        raise DataError(f"{path}: no description of a data set ({error})") from error
+    if (n_bytes := path.stat().st_size) > LARGEST_TEXT_BYTES:
+        raise DataError(f"{path}: {n_bytes} bytes; expected at most {LARGEST_TEXT_BYTES}")
+    content = read_json(path, error=DataError)
     if not isinstance(content, dict):
         raise DataError(f"{path}: a JSON {type(content).__name__}; expected an object {{...}}")
     return content
@@ -128,15 +118,6 @@ def _is_number(value: Any) -> bool:
     if isinstance(value, str):
         return value.isascii() and value.isdigit() and len(value) <= 10
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(pairs)
-    if len(content) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {twice!r} stands in it twice")
-    return content
 
 
 def _short(value: Any) -> str:

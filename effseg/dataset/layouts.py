@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from effseg.dataset.cases import Case, Dataset, some
-from effseg.dataset.declared import LARGEST_TEXT_BYTES, Declared, declared, read_json
+from effseg.dataset.declared import LARGEST_TEXT_BYTES, Declared, declared, read_description
 from effseg.errors import DataError
 from effseg.io import VOLUME_SUFFIXES, strip_suffix
 
@@ -53,7 +53,7 @@ def _read(path: Path) -> Dataset:
         what = "a file, no data set" if path.exists() else "no such folder or file"
         raise DataError(f"{path}: {what}; {LAYOUTS}")
     description = path / "dataset.json"
-    content = read_json(description) if description.exists() else None
+    content = read_description(description) if description.exists() else None
     if content is not None and "training" in content and "file_ending" not in content:
         return _read_msd(path, content)
     if all((path / name).is_dir() for name in ("images", "labels")):

@@ -3,15 +3,14 @@
 Undefined numbers are None, never NaN: JSON has no NaN, and None cannot slip into a mean.
 """
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from effseg.errors import DataError
-from effseg.files import written_whole
+from effseg.files import load_model, write_text_whole
 from effseg.plans import Config
 
 Metric = Literal[
@@ -180,13 +179,7 @@ class Scores(Config):
         Raises:
             DataError: if it cannot be written.
         """
-        path = Path(path)
-        try:
-            with written_whole(path) as partial:
-                partial.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise DataError(f"{path}: cannot be written ({error.strerror or error})") from error
-        return path
+        return write_text_whole(path, self.model_dump_json(indent=2) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -195,23 +188,8 @@ class Scores(Config):
         Raises:
             DataError: if the file is missing, is no JSON, or says something impossible.
         """
-        path = Path(path)
-        try:
-            return cls.model_validate(json.loads(path.read_text(encoding="utf-8")))
-        except FileNotFoundError:
-            raise DataError(f"{path}: no such scores; `effseg evaluate` writes them") from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{path}: cannot be read as text ({error})") from error
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"{path}: not JSON: {error.msg} in line {error.lineno}, column {error.colno}"
-            ) from error
-        except ValidationError as error:
-            first, more = error.errors()[0], error.error_count() - 1
-            place = ".".join(str(part) for part in first["loc"]) or "scores"
-            raise DataError(
-                f"{path}: {place}: {first['msg']}" + (f", and {more} more" if more else "")
-            ) from error
+        hint = "`effseg evaluate` writes them"
+        return load_model(cls, path, error=DataError, what="scores", hint=hint)
 
     def _of(self, label: int) -> list[LabelScore]:
         return [score for case in self.cases for score in case.labels if score.label == label]

@@ -9,9 +9,9 @@ from types import ModuleType
 from typing import Any, Literal
 
 from effseg import __version__
-from effseg.errors import DataError, EffsegError
+from effseg.errors import EffsegError
 from effseg.evaluation import CaseScore, Scores
-from effseg.files import written_whole
+from effseg.files import write_text_whole
 from effseg.plans import Plan, format_bytes
 from effseg.report import results
 from effseg.report.charts import FRAME, draw_curves
@@ -103,8 +103,7 @@ def write_report(run: str | Path, *, out: str | Path | None = None) -> Path:
         "share": write_share,
     }
     page = environment.get_template("page.html").render(_context(found))
-    _write_whole(path, page)
-    return path
+    return write_text_whole(path, page)
 
 
 def _import_jinja2() -> ModuleType:
@@ -251,11 +250,3 @@ def _commands(run: Run) -> Iterator[str]:
 def _plan_without_lists(plan: Plan) -> str:
     """The plan as JSON; the fingerprint's long lists are summed up in a table of their own."""
     return plan.model_dump_json(indent=2, exclude={"fingerprint", "reasons"})
-
-
-def _write_whole(path: Path, text: str) -> None:
-    try:
-        with written_whole(path) as partial:
-            partial.write_text(text, encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise DataError(f"{path}: cannot be written ({error.strerror or error})") from error
