@@ -1,6 +1,5 @@
 """A finished run on the cases it held out: whole volumes, on their own grids."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,8 +7,8 @@ from effseg.dataset import read_dataset, read_label
 from effseg.errors import CheckpointError
 from effseg.evaluation import CONVENTIONS, CaseScore, Scores, evaluate_case
 from effseg.inference import load_run, predict
+from effseg.record import RECORD, SCORES, VALIDATION, RunRecord
 
-FOLDER = "validation"
 TOLERANCE_MM = 1.0
 
 
@@ -28,9 +27,10 @@ def validate(run: str | Path, *, progress: Callable[[float, str], None] | None =
         DataError: if the data set has moved or changed.
     """
     loaded = load_run(run)
-    plan, folder = loaded.plan, loaded.folder / FOLDER
-    names, dataset_path = _held_out(loaded.folder / "run.json")
-    dataset = read_dataset(dataset_path)
+    plan, folder = loaded.plan, loaded.folder / VALIDATION
+    record = RunRecord.load(loaded.folder / RECORD)
+    names = record.validation
+    dataset = read_dataset(record.dataset)
     by_name = {case.name: case for case in dataset.cases}
     labels = {label.value: label.name for label in plan.labels}
     cases: list[CaseScore] = []
@@ -39,7 +39,7 @@ def validate(run: str | Path, *, progress: Callable[[float, str], None] | None =
             progress(done / len(names), name)
         if name not in by_name:
             raise CheckpointError(
-                f"{loaded.folder}: case {name} is no longer in {dataset_path}; put it back, or "
+                f"{loaded.folder}: case {name} is no longer in {record.dataset}; put it back, or "
                 "score other cases with `effseg predict` and `effseg evaluate`"
             )
         case = by_name[name]
@@ -70,13 +70,5 @@ def validate(run: str | Path, *, progress: Callable[[float, str], None] | None =
         conventions=CONVENTIONS,
         cases=tuple(cases),
     )
-    scores.save(folder / "metrics.json")
+    scores.save(folder / SCORES)
     return scores
-
-
-def _held_out(record: Path) -> tuple[list[str], Path]:
-    try:
-        known = json.loads(record.read_text(encoding="utf-8"))
-        return [str(name) for name in known["validation"]], Path(known["dataset"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{record}: cannot be read ({error}); train again") from error

@@ -582,7 +582,7 @@ def test_a_reason_without_a_field_is_shown_all_the_same() -> None:
     ("name", "text", "error", "message"),
     [
         ("plan.json", "{", PlanError, "not JSON"),
-        ("run.json", "{", CheckpointError, "cannot be read as JSON"),
+        ("run.json", "{", CheckpointError, "not JSON"),
         ("run.json", '{"format": 2}', CheckpointError, "format"),
         ("run.json", json.dumps(make_record(minutes="soon")), CheckpointError, "minutes"),
         ("metrics.csv", "epoch,loss\n1,high\n", CheckpointError, "line 2, column loss: 'high'"),

@@ -10,9 +10,7 @@ from torch import nn
 from effseg.errors import CheckpointError, PlanError
 from effseg.networks import build_network
 from effseg.plans import Plan
-
-PLAN = "plan.json"
-WEIGHTS = "model.safetensors"
+from effseg.record import PLAN, WEIGHTS
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,12 @@ from effseg.errors import EffsegError
 from effseg.evaluation import CaseScore, Scores
 from effseg.files import write_text_whole
 from effseg.plans import Plan, format_bytes
+from effseg.record import PLAN, REPORT, RunMemory
 from effseg.report import results
 from effseg.report.charts import FRAME, draw_curves
 from effseg.report.choices import list_choices, list_facts
 from effseg.report.planes import View, view_case
-from effseg.report.run import Run, RunMemory, read_run
+from effseg.report.run import Run, read_run
 from effseg.report.wording import write_number, write_score, write_share
 
 
@@ -89,7 +90,7 @@ def write_report(run: str | Path, *, out: str | Path | None = None) -> Path:
     """
     jinja2 = _import_jinja2()
     found = read_run(run)
-    path = found.folder / "report.html" if out is None else Path(out)
+    path = found.folder / REPORT if out is None else Path(out)
     environment = jinja2.Environment(
         loader=jinja2.FunctionLoader(_read_template),
         autoescape=True,
@@ -240,7 +241,7 @@ def _commands(run: Run) -> Iterator[str]:
     """What to type to get this run and this page again."""
     record, plan = run.record, run.plan
     words = ["effseg", "train", plan.dataset if record is None else record.dataset]
-    words += ["--plan", str(run.folder / "plan.json"), "--out", "RUN"]
+    words += ["--plan", str(run.folder / PLAN), "--out", "RUN"]
     if record is not None and record.fold is not None:
         words += ["--fold", str(record.fold)]
     yield shlex.join(words)

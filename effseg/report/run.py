@@ -1,62 +1,17 @@
 """What lies in a run folder, read for the page: plan, record, curves and scores."""
 
 import csv
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
-from typing import Literal
-
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from effseg.errors import CheckpointError
 from effseg.evaluation import Scores
 from effseg.plans import Plan
+from effseg.record import METRICS, PLAN, RECORD, SCORES, VALIDATION, RunRecord
 
 Columns = Mapping[str, tuple[float | None, ...]]
-
-
-class Facts(BaseModel):
-    """Frozen; what a newer version adds to a record is passed over, not refused."""
-
-    model_config = ConfigDict(extra="ignore", frozen=True)
-
-
-class RunMemory(Facts):
-    """The budget of a run, what its plan predicted, and what it took."""
-
-    budget_bytes: int = Field(ge=1)
-    predicted_peak_bytes: int = Field(ge=0)
-    measured_peak_bytes: int | None = Field(None, ge=0)
-    measured: str = Field("", description="what was measured, in words")
-
-
-class RunRecord(Facts):
-    """`run.json`: who trained what, when, for how long, and how it ended."""
-
-    format: Literal[1]
-    effseg: str
-    torch: str = ""
-    python: str = ""
-    dataset: str
-    fold: int | None = None
-    train: tuple[str, ...] = ()
-    validation: tuple[str, ...] = ()
-    started: datetime | None = None
-    minutes: float | None = Field(None, ge=0)
-    epochs: int | None = Field(None, ge=0)
-    steps: int | None = Field(None, ge=0)
-    best_epoch: int | None = None
-    best_score: float | None = None
-    stopped_by: str = ""
-    device: str = ""
-    n_threads: int | None = None
-    n_parameters: int | None = None
-    seed: int | None = None
-    memory: RunMemory | None = None
-    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -89,19 +44,20 @@ def read_run(folder: str | Path) -> Run:
     folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder; expected a run that effseg train wrote")
-    if not (folder / "plan.json").is_file():
+    if not (folder / PLAN).is_file():
         raise CheckpointError(
-            f"{folder}: holds no plan.json, so it is no run; expected the folder that "
+            f"{folder}: holds no {PLAN}, so it is no run; expected the folder that "
             "effseg train --out named"
         )
+    record = folder / RECORD
     return Run(
         folder=folder,
-        plan=Plan.load(folder / "plan.json"),
-        record=_read_record(folder / "run.json"),
-        columns=_read_columns(folder / "metrics.csv"),
+        plan=Plan.load(folder / PLAN),
+        record=RunRecord.load(record) if record.is_file() else None,
+        columns=_read_columns(folder / METRICS),
         scores={
             path.parent.name: Scores.load(path)
-            for path in sorted(folder.glob("*/metrics.json"), key=_rank)
+            for path in sorted(folder.glob(f"*/{SCORES}"), key=_rank)
         },
     )
 
@@ -109,20 +65,7 @@ def read_run(folder: str | Path) -> Run:
 def _rank(path: Path) -> tuple[int, str]:
     """Unseen cases speak first."""
     name = path.parent.name
-    return ({"test": 0, "validation": 1}.get(name, 2), name)
-
-
-def _read_record(path: Path) -> RunRecord | None:
-    if not path.is_file():
-        return None
-    try:
-        return RunRecord.model_validate(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON ({error}); train again") from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"]) or "the record"
-        raise CheckpointError(f"{path}: {place}: {first['msg']}") from error
+    return ({"test": 0, VALIDATION: 1}.get(name, 2), name)
 
 
 def _read_columns(path: Path) -> Columns:

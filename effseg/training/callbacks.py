@@ -1,7 +1,6 @@
 """What happens beside the steps: the log, the best weights, the record, the progress."""
 
 import csv
-import json
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ import effseg
 from effseg.files import written_whole
 from effseg.memory import PeakResident
 from effseg.plans import Plan
+from effseg.record import RunMemory, RunRecord
 from effseg.training.module import SegmentationModule
 
 StoppedBy = Literal["minutes", "epochs", "patience", "interrupt", "running"]
@@ -96,7 +96,7 @@ class MemoryWatch(pl.Callback):  # type: ignore[misc]
 
 
 class MetricsLog(pl.Callback):  # type: ignore[misc]
-    """One line an epoch in metrics.csv, written as soon as it is known."""
+    """One line an epoch in the run's metrics, written as soon as it is known."""
 
     def __init__(self, path: Path, plan: Plan, watch: MemoryWatch) -> None:
         self.path = path
@@ -147,8 +147,8 @@ class BestWeights(pl.Callback):  # type: ignore[misc]
 
 
 @dataclass
-class RunRecord(pl.Callback):  # type: ignore[misc]
-    """Keeps run.json true: what was trained on what, for how long, in how much memory."""
+class RecordKeeper(pl.Callback):  # type: ignore[misc]
+    """Keeps the run's record true after each epoch and at the end."""
 
     path: Path
     plan: Plan
@@ -160,7 +160,7 @@ class RunRecord(pl.Callback):  # type: ignore[misc]
     watch: MemoryWatch
     notes: tuple[str, ...] = ()
     n_epochs: int = 0
-    started: str = field(default_factory=lambda: datetime.now().isoformat(timespec="seconds"))
+    started: datetime = field(default_factory=lambda: datetime.now().replace(microsecond=0))
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: SegmentationModule) -> None:
         """After each epoch, in the first process."""
@@ -176,42 +176,41 @@ class RunRecord(pl.Callback):  # type: ignore[misc]
     ) -> None:
         if not trainer.is_global_zero:
             return
-        on_gpu = pl_module.device.type == "cuda"
-        record = {
-            "format": 1,
-            "effseg": effseg.__version__,
-            "torch": torch.__version__,
-            "lightning": _version("lightning"),
-            "monai": _version("monai"),
-            "python": platform.python_version(),
-            "dataset": str(self.dataset),
-            "fold": self.fold,
-            "train": list(self.train),
-            "validation": list(self.validation),
-            "started": self.started,
-            "minutes": round(pl_module.clock.elapsed_seconds / 60, 3),
-            "epochs": self.n_epochs,
-            "steps": trainer.global_step,
-            "best_epoch": self.best.best_epoch,
-            "best_score": self.best.best_score,
-            "stopped_by": stopped_by,
-            "device": str(pl_module.device),
-            "n_devices": trainer.world_size,
-            "n_threads": torch.get_num_threads(),
-            "n_parameters": sum(p.numel() for p in pl_module.network.parameters()),
-            "seed": self.plan.training.seed,
-            "memory": {
-                "budget_bytes": self.plan.memory.budget_bytes,
-                "predicted_peak_bytes": self.plan.memory.peak_bytes,
-                "measured_peak_bytes": self.watch.peak_bytes(pl_module.device),
-                "measured": (
-                    "CUDA allocator" if on_gpu else "resident memory above that before training"
+        RunRecord(
+            format=1,
+            effseg=effseg.__version__,
+            torch=torch.__version__,
+            lightning=_version("lightning"),
+            monai=_version("monai"),
+            python=platform.python_version(),
+            dataset=str(self.dataset),
+            fold=self.fold,
+            train=self.train,
+            validation=self.validation,
+            started=self.started,
+            minutes=round(pl_module.clock.elapsed_seconds / 60, 3),
+            epochs=self.n_epochs,
+            steps=trainer.global_step,
+            best_epoch=self.best.best_epoch,
+            best_score=self.best.best_score,
+            stopped_by=stopped_by,
+            device=str(pl_module.device),
+            n_devices=trainer.world_size,
+            n_threads=torch.get_num_threads(),
+            n_parameters=sum(p.numel() for p in pl_module.network.parameters()),
+            seed=self.plan.training.seed,
+            memory=RunMemory(
+                budget_bytes=self.plan.memory.budget_bytes,
+                predicted_peak_bytes=self.plan.memory.peak_bytes,
+                measured_peak_bytes=self.watch.peak_bytes(pl_module.device),
+                measured=(
+                    "CUDA allocator"
+                    if pl_module.device.type == "cuda"
+                    else "resident memory above that before training"
                 ),
-            },
-            "notes": list(self.notes),
-        }
-        with written_whole(self.path) as partial:
-            partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+            ),
+            notes=self.notes,
+        ).save(self.path)
 
 
 def _stopped_by(trainer: pl.Trainer, module: SegmentationModule) -> StoppedBy:

@@ -17,12 +17,13 @@ from effseg.dataset import Dataset, Fold, folds, read_dataset
 from effseg.devices import Precision, present_device
 from effseg.errors import DataError, EffsegError, PlanError
 from effseg.plans import Plan
+from effseg.record import CHECKPOINTS, METRICS, PLAN, RECORD, WEIGHTS
 from effseg.training.callbacks import (
     BestWeights,
     MemoryWatch,
     MetricsLog,
     ProgressReport,
-    RunRecord,
+    RecordKeeper,
     TrainingState,
 )
 from effseg.training.data import PatchData
@@ -103,11 +104,11 @@ def train(
             cache,
             progress=preparing,
         )
-        plan.save(out / "plan.json")
+        plan.save(out / PLAN)
         watch = MemoryWatch()
-        best = BestWeights(out / "model.safetensors")
-        record = RunRecord(
-            path=out / "run.json",
+        best = BestWeights(out / WEIGHTS)
+        record = RecordKeeper(
+            path=out / RECORD,
             plan=plan,
             dataset=dataset.root.resolve(),
             fold=fold,
@@ -119,10 +120,10 @@ def train(
         )
         callbacks: list[pl.Callback] = [
             watch,
-            MetricsLog(out / "metrics.csv", plan, watch),
+            MetricsLog(out / METRICS, plan, watch),
             best,
             record,
-            ModelCheckpoint(out / "checkpoints", save_last=True, save_top_k=0),
+            ModelCheckpoint(out / CHECKPOINTS, save_last=True, save_top_k=0),
         ]
         if progress is not None:
             callbacks.append(ProgressReport(progress))
@@ -149,13 +150,13 @@ def train(
             )
             trainer.fit(module, datamodule=data)
     except BaseException:
-        if not (out / "model.safetensors").exists():
+        if not (out / WEIGHTS).exists():
             # nothing worth keeping was learnt yet: leave no half-written run
             shutil.rmtree(out, ignore_errors=True)
         raise
     finally:
         shutil.rmtree(cache, ignore_errors=True)
-    if not (out / "model.safetensors").exists():
+    if not (out / WEIGHTS).exists():
         raise EffsegError(f"{out}: training ended before its first validation; give it longer")
     return out
 
