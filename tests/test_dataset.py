@@ -16,6 +16,7 @@ from effseg.dataset import (
     Case,
     Dataset,
     audit,
+    case_and_channel,
     folds,
     read_case,
     read_dataset,
@@ -393,6 +394,19 @@ def test_a_huge_description_is_not_read(tmp_path: Path) -> None:
         file.truncate(2**40)  # sparse: takes no room on the disk, would take a tebibyte to read
     with pytest.raises(DataError, match="1099511627776 bytes; expected at most"):
         read_dataset(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("case_07_0001", ("case_07", 1)),
+        ("case_07", ("case_07", None)),
+        ("_0001", ("_0001", None)),
+        ("case_00001", ("case_00001", None)),
+    ],
+)
+def test_a_name_says_case_and_channel(name, expected) -> None:
+    assert case_and_channel(name) == expected
 
 
 # Reading a case

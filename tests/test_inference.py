@@ -176,3 +176,16 @@ def test_inputs_are_found(tmp_path: Path) -> None:
         find_images([tmp_path / "in"], n_channels=3)
     with pytest.raises(DataError, match="no such file"):
         find_images([tmp_path / "none"])
+
+
+def test_a_folder_of_images_is_listed_as_a_data_set_is(tmp_path: Path) -> None:
+    volume = Volume(array=np.zeros((4, 4, 4), np.int16), grid=Grid(shape=(4, 4, 4)))
+    path = write_volume(volume, tmp_path / "a.nii.gz")
+    path.rename(tmp_path / "A.NII.GZ")
+    (tmp_path / "._A.NII.GZ").write_bytes(b"of another disk")
+    (tmp_path / "notes.txt").write_text("no volume")
+    (tmp_path / "folder.zip").mkdir()
+    (case,) = find_images([tmp_path]).values()
+    assert (case.name, case.images) == ("A", (tmp_path / "A.NII.GZ",))
+    (folder,) = find_images([tmp_path / "folder.zip"]).values()
+    assert folder.images == (tmp_path / "folder.zip",)

@@ -1,5 +1,6 @@
 """What a case and a data set are, and how a case's voxels are read."""
 
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ WHOLE_TOLERANCE = 1e-3
 """Integers stored with a scale factor come back off by its rounding; further off is a fraction."""
 
 LARGEST_LABEL = 2**32 - 1
+
+_CHANNEL = re.compile(r"(.+)_(\d{4})")
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,15 @@ class Dataset:
                 f"{self.root}: {len(twice)} names belong to more than one case: "
                 f"{some(twice)}; give each case its own name"
             )
+
+
+def case_and_channel(name: str) -> tuple[str, int | None]:
+    """The case and the channel that a file's name without its suffix says, as nnU-Net has it.
+
+    `case_07_0001` is channel 1 of `case_07`; a name that says no channel is the case's own.
+    """
+    match = _CHANNEL.fullmatch(name)
+    return (name, None) if match is None else (match[1], int(match[2]))
 
 
 def some(names: list[str]) -> str:

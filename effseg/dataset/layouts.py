@@ -10,15 +10,14 @@
 
 import csv
 import os.path
-import re
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from effseg.dataset.cases import Case, Dataset, some
+from effseg.dataset.cases import Case, Dataset, case_and_channel, some
 from effseg.dataset.declared import LARGEST_TEXT_BYTES, Declared, declared, read_description
 from effseg.errors import DataError
-from effseg.io import VOLUME_SUFFIXES, strip_suffix
+from effseg.io import VOLUME_SUFFIXES, list_volumes, strip_suffix
 
 LAYOUTS = (
     "expected dataset.json with imagesTr/ and labelsTr/ (nnU-Net v2 raw), dataset.json with a "
@@ -26,7 +25,6 @@ LAYOUTS = (
     "or the path of a .csv with the columns image,label"
 )
 CSV_COLUMNS = ("image", "label", "patient", "name")
-_CHANNEL = re.compile(r"(?P<case>.+)_(?P<channel>\d{4})")
 
 
 def read_dataset(path: str | Path) -> Dataset:
@@ -81,13 +79,13 @@ def _read_nnunet(root: Path, content: dict[str, Any]) -> Dataset:
     labels = {file.name[: -len(ending)]: file for file in _files(root / "labelsTr", ending)}
     images: dict[str, dict[int, Path]] = defaultdict(dict)
     for file in _files(root / "imagesTr", ending):
-        match = _CHANNEL.fullmatch(file.name[: -len(ending)])
-        if match is None:
+        name, channel = case_and_channel(file.name[: -len(ending)])
+        if channel is None:
             raise DataError(
                 f"{file}: no channel in the name; expected {{case}}_0000{ending}, "
                 "as nnU-Net's raw layout has it"
             )
-        images[match["case"]][int(match["channel"])] = file
+        images[name][channel] = file
     _all_paired(root, "imagesTr/", set(images), "labelsTr/", set(labels))
     _all_channels(root / "imagesTr", images, n_channels=len(facts.channel_names))
     cases = [
@@ -179,9 +177,9 @@ def _read_folders(root: Path, facts: Declared) -> Dataset:
     images: dict[str, Path | dict[int, Path]] = {}
     split: dict[str, dict[int, Path]] = defaultdict(dict)
     for stem, file in _by_stem(root / "images").items():
-        match = _CHANNEL.fullmatch(stem)
-        if stem not in labels and match is not None and match["case"] in labels:
-            split[match["case"]][int(match["channel"])] = file
+        name, channel = case_and_channel(stem)
+        if stem not in labels and channel is not None and name in labels:
+            split[name][channel] = file
         else:
             images[stem] = file
     both = sorted(images.keys() & split.keys())
@@ -275,24 +273,21 @@ def _case_names(files: list[Path]) -> list[str]:
     return names
 
 
-def _files(folder: Path, ending: str | tuple[str, ...]) -> list[Path]:
-    """The files of a folder with this ending, sorted; at least one, hidden ones left out."""
+def _files(folder: Path, *endings: str) -> list[Path]:
+    """The volumes of a folder that end so, sorted; at least one."""
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; {LAYOUTS}")
-    files = sorted(
-        file
-        for file in folder.iterdir()
-        if not file.name.startswith(".") and file.name.lower().endswith(ending) and file.is_file()
-    )
+    files = [file for file in list_volumes(folder) if file.name.lower().endswith(endings)]
     if not files:
-        endings = ", ".join([ending] if isinstance(ending, str) else ending)
-        raise DataError(f"{folder}: no volume in it; expected files that end in {endings}")
+        raise DataError(
+            f"{folder}: no volume in it; expected files that end in {', '.join(endings)}"
+        )
     return files
 
 
 def _by_stem(folder: Path) -> dict[str, Path]:
     files: dict[str, Path] = {}
-    for file in _files(folder, VOLUME_SUFFIXES):
+    for file in _files(folder, *VOLUME_SUFFIXES):
         other = files.setdefault(strip_suffix(file), file)
         if other != file:
             raise DataError(f"{folder}: {other.name} and {file.name} are one name; keep one")

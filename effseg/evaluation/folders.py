@@ -8,7 +8,7 @@ from effseg.errors import DataError
 from effseg.evaluation import lesions, surface
 from effseg.evaluation.cases import check_choices, evaluate_case
 from effseg.evaluation.scores import CaseScore, Scores
-from effseg.io import VOLUME_SUFFIXES, read_volume, strip_suffix
+from effseg.io import VOLUME_SUFFIXES, list_volumes, read_volume, strip_suffix
 
 CONVENTIONS = (
     "empty: undefined (null) where both masks are, Dice 0 where one is; "
@@ -118,9 +118,7 @@ def _pairs(predictions: Path, references: Path) -> dict[str, tuple[Path, Path]]:
 
 def _volumes(folder: Path) -> dict[str, Path]:
     found: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
-        if not _is_volume(path):
-            continue
+    for path in list_volumes(folder):
         case = strip_suffix(path)
         if case in found:
             raise DataError(
@@ -133,18 +131,13 @@ def _volumes(folder: Path) -> dict[str, Path]:
     return found
 
 
-def _is_volume(path: Path) -> bool:
-    hidden = path.name.startswith(".")  # such as the ._ twins that macOS leaves on other disks
-    return path.is_file() and not hidden and path.name.lower().endswith(tuple(VOLUME_SUFFIXES))
-
-
 def _images(images: Path, cases: list[str]) -> dict[str, Path]:
     if images.is_file() and len(cases) == 1:
         return {cases[0]: images}
     if not images.is_dir():
         raise DataError(f"{images}: no such folder; expected the images of the cases")
     found = {path.name: path for path in images.iterdir() if path.is_dir()}
-    found |= {strip_suffix(path): path for path in images.iterdir() if _is_volume(path)}
+    found |= {strip_suffix(path): path for path in list_volumes(images)}
     shown: dict[str, Path] = {}
     for case in cases:
         path = found.get(case, found.get(f"{case}_0000"))

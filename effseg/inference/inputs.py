@@ -1,15 +1,11 @@
 """Which images a list of files and folders means."""
 
-import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from effseg.dataset import Case
+from effseg.dataset import Case, case_and_channel
 from effseg.errors import DataError
-from effseg.io import VOLUME_SUFFIXES, strip_suffix
-
-CHANNEL = re.compile(r"(.+)_(\d{4})")
-"""nnU-Net's names: the case, then the number of the channel."""
+from effseg.io import list_volumes, strip_suffix
 
 
 def find_images(inputs: Iterable[str | Path], *, n_channels: int = 1) -> dict[str, Case]:
@@ -30,22 +26,15 @@ def find_images(inputs: Iterable[str | Path], *, n_channels: int = 1) -> dict[st
     for given in (Path(item) for item in inputs):
         if not given.exists():
             raise DataError(f"{given}: no such file or folder")
-        inside = (
-            sorted(path for path in given.iterdir() if path.name.endswith(VOLUME_SUFFIXES))
-            if given.is_dir()
-            else [given]
-        )
-        if not inside:
-            inside = [given]  # a DICOM series, or the reader will say what it is
-        files.extend(path for path in inside if not path.name.startswith("."))
+        inside = list_volumes(given) if given.is_dir() else []
+        files += inside or [given]  # a file, a DICOM series, or the reader will say what it is
     cases: dict[str, list[Path]] = {}
     for path in files:
-        name = strip_suffix(path)
-        match = CHANNEL.fullmatch(name)
-        cases.setdefault(match[1] if match else name, []).append(path)
+        name, _ = case_and_channel(strip_suffix(path))
+        cases.setdefault(name, []).append(path)
     for name, images in cases.items():
-        channels = [CHANNEL.fullmatch(strip_suffix(path)) for path in images]
-        if len(images) > 1 and not all(channels):
+        channels = [case_and_channel(strip_suffix(path))[1] for path in images]
+        if len(images) > 1 and None in channels:
             raise DataError(
                 f"{images[0]} and {images[1]} are both case {name}; rename one or predict it apart"
             )

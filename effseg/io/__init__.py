@@ -5,8 +5,15 @@ the one array that is returned, and what is written is read back before it takes
 only place that knows (x, y, z) order and RAS worlds.
 """
 
-from effseg.io.formats import VOLUME_SUFFIXES, strip_suffix
+from effseg.io.formats import VOLUME_SUFFIXES, list_volumes, strip_suffix
 from effseg.io.reading import read_grid, read_volume
 from effseg.io.writing import write_volume
 
-__all__ = ["VOLUME_SUFFIXES", "read_grid", "read_volume", "strip_suffix", "write_volume"]
+__all__ = [
+    "VOLUME_SUFFIXES",
+    "list_volumes",
+    "read_grid",
+    "read_volume",
+    "strip_suffix",
+    "write_volume",
+]

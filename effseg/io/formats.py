@@ -67,6 +67,18 @@ def strip_suffix(path: Path) -> str:
     return path.name[: len(path.name) - len(volume_suffix(path))]
 
 
+def list_volumes(folder: Path) -> list[Path]:
+    """The volume files in a folder, sorted; a series of DICOM files, one a slice, is none of them.
+
+    Hidden files are left out, such as the `._` twins that macOS leaves on other disks.
+    """
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if volume_suffix(path) and not path.name.startswith(".") and path.is_file()
+    )
+
+
 def format_of(path: Path) -> Format:
     """The format of a single-file volume.
 
