@@ -1,5 +1,6 @@
 """Sliding windows against MONAI's, and runs against new images."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from effseg.dataset import Case
 from effseg.errors import CheckpointError, DataError, MemoryBudgetError, PlanError
 from effseg.inference import Predictor, find_images, forecast, load_run, predict
 from effseg.io import read_volume, write_volume
+from effseg.memory import trace_forward
 from effseg.plans import PostprocessConfig
 from effseg.tiling import gaussian_weights
 from effseg.volume import Grid, Volume
@@ -130,6 +132,45 @@ def test_a_forecast_grows_with_the_image(tiny_run: Path) -> None:
     run = load_run(tiny_run)
     small, large = (forecast(run, Grid(shape=(n, n, n))).peak_bytes for n in (32, 64))
     assert large > small
+
+
+def test_a_run_is_traced_once_for_all_its_images(
+    tiny_run: Path, tiny_dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    traced = []
+
+    def counted(*args, **kwargs):
+        traced.append(kwargs["device"])
+        return trace_forward(*args, **kwargs)
+
+    monkeypatch.setattr("effseg.inference.run.trace_forward", counted)
+    run = load_run(tiny_run)
+    predict(run, tiny_dataset / "images" / "ball_0.nii.gz")
+    predict(run, tiny_dataset / "images" / "ball_1.nii.gz")
+    forecast(run, Grid(shape=(64, 64, 64)), device="cuda")
+    forecast(run, Grid(shape=(32, 32, 32)), device="cuda:1")
+    assert traced == ["cpu", "cuda"]
+
+
+def test_where_the_planned_device_is_not_here_the_cpu_predicts_and_it_is_said(
+    tiny_run: Path,
+    tiny_dataset: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    path = tiny_dataset / "images" / "ball_0.nii.gz"
+    here = load_run(tiny_run)
+    expected = predict(here, path)
+    assert not caplog.records
+    away = dataclasses.replace(here, plan=here.plan.model_copy(update={"device": "cuda:1"}))
+    for _ in range(2):
+        np.testing.assert_array_equal(predict(away, path).array, expected.array)
+    (warning,) = (record for record in caplog.records if record.levelname == "WARNING")
+    assert "planned for cuda:1, which is not here" in warning.getMessage()
+    assert forecast(away, expected.grid) == forecast(here, expected.grid)
+    with pytest.raises(PlanError, match="sees 0 CUDA devices here"):
+        predict(here, path, device="cuda")
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,11 @@ from pathlib import Path
 import numpy as np
 
 from effseg.dataset import Case, read_image
-from effseg.devices import AUTOCAST, device_kind
+from effseg.devices import device_kind, present_device
 from effseg.errors import MemoryBudgetError
 from effseg.inference.predictor import Predictor, Progress
 from effseg.inference.run import Run, load_run
 from effseg.io import read_grid, read_volume, write_volume
-from effseg.memory import trace_forward
 from effseg.plans import PostprocessConfig, format_bytes, parse_bytes
 from effseg.postprocess import describe, remove_components
 from effseg.preprocess import prepare_image, restore_labels
@@ -67,7 +66,8 @@ def predict(
         out: also write the label map there; its suffix names the format.
         memory: a budget such as "4GiB" for what this call takes; None: no limit.
         tta: average the logits over the 8 mirrors.
-        device: "cpu" or "cuda"; None: the plan's, or the CPU where that is not there.
+        device: "cpu" or "cuda"; None: the plan's, or the CPU, with a warning, where that is not
+            here.
         postprocess: a rule in place of the plan's.
         progress: called with (windows done, windows in all).
 
@@ -78,12 +78,15 @@ def predict(
         MemoryBudgetError: before anything large is allocated, if the budget is too small.
         DataError: if the image cannot be read or has another number of channels.
         CheckpointError: if the run cannot be loaded.
+        PlanError: if the device asked for is not here.
     """
     if not isinstance(run, Run):
         run = load_run(run)
     plan = run.plan
     grid = image.grid if isinstance(image, Volume) else read_grid(_first_file(image))[0]
-    expected = forecast(run, grid)
+    device = device or run.device
+    present_device(device)  # one that is not here is refused before the image is read
+    expected = forecast(run, grid, device=device)
     logger.info("predicting at most %s for this image", format_bytes(expected.peak_bytes))
     if memory is not None and expected.peak_bytes > parse_bytes(memory):
         raise MemoryBudgetError(
@@ -102,7 +105,7 @@ def predict(
         plan.patch_size,
         overlap=plan.inference.overlap,
         tta=tta,
-        device=device or plan.device,
+        device=device,
         window_batch=plan.inference.window_batch,
         precision=plan.precision,
     )
@@ -116,20 +119,20 @@ def predict(
     return result
 
 
-def forecast(run: Run, grid: Grid) -> Forecast:
-    """Predict the memory of labelling an image on this grid, before anything is allocated."""
+def forecast(run: Run, grid: Grid, *, device: str | None = None) -> Forecast:
+    """Predict the memory of labelling an image on this grid, before anything is allocated.
+
+    Args:
+        run: a loaded run.
+        grid: the image's.
+        device: as `predict` takes it.
+    """
     plan = run.plan
     n_channels, n_classes = len(plan.channels), len(plan.labels)
     canonical = grid.reordered(grid.canonical_axes())
     inner = canonical.with_spacing(plan.spacing)
     padded = _padded_voxels(inner.shape, plan.patch_size)
     weights = sum(p.numel() * p.element_size() for p in run.network.parameters())
-    window = trace_forward(
-        run.network,
-        (plan.inference.window_batch, n_channels, *plan.patch_size),
-        autocast=AUTOCAST[plan.precision],
-        device=device_kind(plan.device),
-    )
     native = grid.n_voxels
     image = 4 * n_channels * inner.n_voxels
     logits = 4 * n_classes * inner.n_voxels
@@ -141,7 +144,7 @@ def forecast(run: Run, grid: Grid) -> Forecast:
         sliding_bytes=weights
         + 4 * (n_channels + n_classes + 1) * padded
         + image
-        + window.peak_bytes,
+        + run.window_bytes(device_kind(device or run.device)),
         # best and rival of two classes, a mask, two copies of the labels
         restoring_bytes=weights + image + logits + native * (4 + 4 + 1 + 2 * label_bytes),
     )

@@ -1,16 +1,22 @@
 """A trained run as it lies in its folder: the plan and the weights."""
 
-from dataclasses import dataclass
+import logging
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from effseg.devices import AUTOCAST, DeviceKind, is_present
 from effseg.errors import CheckpointError, PlanError
+from effseg.memory import trace_forward
 from effseg.networks import build_network
 from effseg.plans import Plan
 from effseg.record import PLAN, WEIGHTS
+
+logger = logging.getLogger("effseg")
 
 
 @dataclass(frozen=True)
@@ -20,6 +26,32 @@ class Run:
     folder: Path
     plan: Plan
     network: nn.Module
+    _window_bytes: dict[DeviceKind, int] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
+    @cached_property
+    def device(self) -> str:
+        """Where it runs unless a call says otherwise: as planned, or on the CPU with a warning."""
+        if is_present(self.plan.device):
+            return self.plan.device
+        logger.warning(
+            "%s: planned for %s, which is not here; it runs on the CPU",
+            self.folder,
+            self.plan.device,
+        )
+        return "cpu"
+
+    def window_bytes(self, kind: DeviceKind) -> int:
+        """What one pass over a batch of windows takes at most, weights included; traced once."""
+        if kind not in self._window_bytes:
+            plan = self.plan
+            shape = (plan.inference.window_batch, len(plan.channels), *plan.patch_size)
+            report = trace_forward(
+                self.network, shape, autocast=AUTOCAST[plan.precision], device=kind
+            )
+            self._window_bytes[kind] = report.peak_bytes
+        return self._window_bytes[kind]
 
 
 def load_run(folder: str | Path) -> Run:
