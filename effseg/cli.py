@@ -28,6 +28,7 @@ from effseg import __version__
 from effseg.errors import DataError, EffsegError
 
 if TYPE_CHECKING:  # the verbs import what they need: `effseg --help` waits for no torch
+    from effseg.dataset import Dataset
     from effseg.evaluation import Scores
     from effseg.plans import Plan
 
@@ -55,7 +56,7 @@ app = typer.Typer(
 console = Console()
 errors = Console(stderr=True)
 
-Dataset = Annotated[
+DatasetPath = Annotated[
     Path,
     typer.Argument(
         help="nnU-Net raw or MSD folder, a folder with images/ and labels/, or a CSV of "
@@ -99,7 +100,7 @@ def settings(
 
 
 @app.command()
-def check(dataset: Dataset) -> None:
+def check(dataset: DatasetPath) -> None:
     """Audit geometry, labels and duplicates; exit 2 and a table if something is wrong."""
     from effseg.dataset import audit, read_dataset
 
@@ -123,7 +124,7 @@ def check(dataset: Dataset) -> None:
 
 @app.command()
 def plan(
-    dataset: Dataset,
+    dataset: DatasetPath,
     memory: Annotated[str, typer.Option("--memory", help="the budget, e.g. 8GiB or 500MB")],
     out: Annotated[Path, typer.Option("--out", help="where the plan goes")] = Path("plan.json"),
     device: Device = None,
@@ -137,7 +138,7 @@ def plan(
 
 @app.command()
 def train(
-    dataset: Dataset,
+    dataset: DatasetPath,
     out: Annotated[Path, typer.Option("--out", help="the run's folder, new", metavar="RUN")],
     plan: Annotated[Path | None, typer.Option("--plan", help="a plan.json")] = None,
     memory: Memory = None,
@@ -162,7 +163,7 @@ def train(
         made = Plan.load(plan)
     else:
         assert memory is not None
-        made = _planned(dataset, memory, device)
+        made = _planned(found, memory, device)
     _print_plan(made)
     with _training_bars(len(found.cases)) as (preparing, progress):
         run = training.train(
@@ -328,11 +329,9 @@ def main() -> None:
         sys.exit(STOPPED)
 
 
-def _planned(dataset: Path, memory: str, device: str | None) -> "Plan":
+def _planned(dataset: "Path | Dataset", memory: str, device: str | None) -> "Plan":
     from effseg.planner import plan as make_plan
-    from effseg.plans import parse_bytes
 
-    parse_bytes(memory)  # refuse a budget that is none before reading a whole data set
     with _bar("reading") as advance:
         return make_plan(
             dataset,

@@ -8,6 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from effseg import cli
+from effseg.dataset import Dataset, layouts
+from effseg.errors import PlanError
 from effseg.io import read_grid, write_volume
 from effseg.plans import Plan
 from effseg.volume import Grid, Volume
@@ -69,6 +72,29 @@ def test_the_whole_way(tiny_dataset: Path, tiny_plan: Plan, tmp_path: Path) -> N
 )
 def test_mistakes_get_one_line_and_their_exit_code(arguments, code, words) -> None:
     assert words in effseg(*arguments, expect=code)
+
+
+def test_a_data_set_is_looked_at_once_before_training(
+    tiny_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked, trained = [], []
+
+    def looking(path: Path) -> Dataset:
+        looked.append(path)
+        return read(path)
+
+    def training(plan: Plan, dataset: Dataset, **choices: object) -> None:
+        trained.append((plan.dataset, dataset.name))
+        raise PlanError("far enough")
+
+    read = layouts._read
+    monkeypatch.setattr(layouts, "_read", looking)
+    monkeypatch.setattr("effseg.training.train", training)
+    arguments = ["train", str(tiny_dataset), "--out", str(tmp_path / "r"), "--memory", "1GiB"]
+    with pytest.raises(PlanError, match="far enough"):
+        cli.app(arguments, standalone_mode=False)
+    assert looked == [tiny_dataset]
+    assert trained == [("balls", "balls")]
 
 
 def test_a_budget_too_small_is_out_of_resources(tiny_dataset: Path, tmp_path: Path) -> None:
