@@ -156,8 +156,6 @@ def train(
 
     if (plan is None) == (memory is None):
         raise typer.BadParameter("give --plan PLAN or --memory SIZE, one of the two")
-    if (minutes is not None) and (epochs is not None):
-        raise typer.BadParameter("give --minutes or --epochs, one of the two")
     found = read_dataset(dataset)
     if plan is not None:
         made = Plan.load(plan)

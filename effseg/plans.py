@@ -211,6 +211,14 @@ class TrainingConfig(Config):
     optimizer: OptimizerConfig = OptimizerConfig()
     augment: AugmentConfig = AugmentConfig()
 
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if self.minutes is not None and self.epochs is not None:
+            raise ValueError(
+                f"minutes {self.minutes:g} and epochs {self.epochs}; set one of the two"
+            )
+        return self
+
 
 class PostprocessConfig(Config):
     """Which components of a prediction are noise."""

@@ -104,6 +104,20 @@ def test_a_budget_too_small_is_out_of_resources(tiny_dataset: Path, tmp_path: Pa
     assert not out.exists()
 
 
+def test_choices_that_cannot_work_are_bad_input(
+    tiny_dataset: Path, tiny_plan: Plan, tmp_path: Path
+) -> None:
+    plan, run = tiny_plan.save(tmp_path / "p.json"), tmp_path / "run"
+    choices = ("--device", "abacus", "--seed", -1)
+    said = effseg("train", tiny_dataset, "--out", run, "--plan", plan, *choices, expect=2)
+    for words in ("training.seed: ", "device: ", "got 'abacus'"):
+        assert words in said
+    choices = ("--minutes", 1, "--epochs", 1)
+    said = effseg("train", tiny_dataset, "--out", run, "--plan", plan, *choices, expect=2)
+    assert "set one of the two" in said
+    assert not run.exists()
+
+
 def test_a_failing_case_is_named_and_the_others_go_on(
     tiny_run: Path, tiny_dataset: Path, tmp_path: Path
 ) -> None:

@@ -133,13 +133,35 @@ def test_a_failure_leaves_no_folder(tiny_plan: Plan, tiny_dataset: Path, tmp_pat
 
 @pytest.mark.parametrize(
     ("minutes", "epochs", "words"),
-    [(1, 1, "one of the two"), (0, None, "more than 0"), (None, -1, "more than 0")],
+    [
+        (1, 1, "training: .*minutes 1 and epochs 1; set one of the two"),
+        (0, None, "training.minutes: .* greater than 0, got 0"),
+        (None, -1, "training.epochs: .* greater than or equal to 1, got -1"),
+    ],
 )
 def test_lengths_that_make_no_sense_are_refused(
     tiny_plan: Plan, tiny_dataset: Path, tmp_path: Path, minutes, epochs, words
 ) -> None:
     with pytest.raises(PlanError, match=words):
         train(tiny_plan, tiny_dataset, out=tmp_path / "r", minutes=minutes, epochs=epochs)
+
+
+@pytest.mark.parametrize(
+    ("choices", "words"),
+    [
+        ({"device": "abacus"}, "device: .*got 'abacus'"),
+        ({"seed": -1}, "training.seed: .* greater than or equal to 0, got -1"),
+        ({"epochs": 1.5}, "training.epochs: .* integer.*, got 1.5"),
+        ({"device": "tpu", "seed": -1}, "device: .*; training.seed: "),
+    ],
+)
+def test_choices_that_cannot_work_are_named_in_one_line(
+    tiny_plan: Plan, tiny_dataset: Path, tmp_path: Path, choices, words
+) -> None:
+    with pytest.raises(PlanError, match=words) as caught:
+        train(tiny_plan, tiny_dataset, out=tmp_path / "r", **choices)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "r").exists()
 
 
 def test_how_long_must_be_said(tiny_plan: Plan, tiny_dataset: Path, tmp_path: Path) -> None:

@@ -11,13 +11,13 @@ class Clock:
     """The share of a run that is over, by wall clock or by steps.
 
     Raises:
-        PlanError: unless exactly one of `minutes` and `epochs` is set.
+        PlanError: if neither minutes nor epochs are set.
     """
 
     def __init__(self, config: TrainingConfig) -> None:
-        if (config.minutes is None) == (config.epochs is None):
+        if config.minutes is None and config.epochs is None:
             raise PlanError(
-                f"minutes {config.minutes} and epochs {config.epochs}; set exactly one of the two"
+                "how long? give exactly one of --minutes and --epochs, or set one in plan.json"
             )
         self.seconds = None if config.minutes is None else config.minutes * 60
         self.steps = None if config.epochs is None else config.epochs * config.steps_per_epoch

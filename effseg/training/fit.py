@@ -12,10 +12,12 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
+from pydantic import ValidationError
 
 from effseg.dataset import Dataset, Fold, folds, read_dataset
 from effseg.devices import Precision, present_device
 from effseg.errors import DataError, EffsegError, PlanError
+from effseg.files import name_places
 from effseg.plans import Plan
 from effseg.record import CHECKPOINTS, METRICS, PLAN, RECORD, WEIGHTS
 from effseg.training.callbacks import (
@@ -172,25 +174,19 @@ def with_choices(
     """The plan with a call's own choices in place of its own.
 
     Raises:
-        PlanError: if both or neither of minutes and epochs are set in the end, or one is not
-            positive.
+        PlanError: if a choice cannot work; the message names each that cannot.
     """
-    if minutes is not None and epochs is not None:
-        raise PlanError(f"minutes {minutes} and epochs {epochs}; give one of the two")
-    for name, value in (("minutes", minutes), ("epochs", epochs)):
-        if value is not None and value <= 0:
-            raise PlanError(f"{name} {value}; expected more than 0")
-    training = plan.training
+    content = plan.model_dump()
     if minutes is not None or epochs is not None:
-        training = training.model_copy(update={"minutes": minutes, "epochs": epochs})
-    if (training.minutes is None) == (training.epochs is None):
-        raise PlanError("how long? give --minutes or --epochs, or set one of them in plan.json")
+        content["training"] |= {"minutes": minutes, "epochs": epochs}
     if seed is not None:
-        training = training.model_copy(update={"seed": seed})
-    changes: dict[str, object] = {"training": training}
+        content["training"]["seed"] = seed
     if device is not None:
-        changes["device"] = device
-    return Plan.model_validate(plan.model_copy(update=changes).model_dump())
+        content["device"] = device
+    try:
+        return Plan.model_validate(content)
+    except ValidationError as error:
+        raise PlanError(name_places(error, what="plan")) from error
 
 
 def choose_fold(dataset: Dataset, fold: int) -> Fold:
