@@ -3,8 +3,11 @@
 Exit codes: 0 done, 1 usage, 2 bad input, 3 out of resources, 4 internal.
 """
 
+import errno
 import logging
 import sys
+import tempfile
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
@@ -307,8 +310,10 @@ def main() -> None:
     """Run the command line; every failure is one line and an exit code."""
     try:
         code = app(standalone_mode=False)
+        if code == STOPPED:  # what newer typers make of an interrupt; older ones abort
+            raise KeyboardInterrupt
         sys.exit(code if isinstance(code, int) else 0)
-    except typer.Abort:
+    except (typer.Abort, KeyboardInterrupt):
         errors.print("stopped")
         sys.exit(STOPPED)
     except UsageError as error:
@@ -319,12 +324,38 @@ def main() -> None:
     except EffsegError as error:
         errors.print(f"[red]error[/] {_plain(str(error))}", soft_wrap=True)
         sys.exit(error.exit_code)
-    except MemoryError:
-        errors.print("[red]error[/] out of memory; give a smaller --memory, which plans for less")
-        sys.exit(NO_RESOURCES)
-    except KeyboardInterrupt:
-        errors.print("stopped")
-        sys.exit(STOPPED)
+    except OSError as error:  # what the system refuses, a read-only folder say, is no bug
+        errors.print(f"[red]error[/] {_plain(str(error))}", soft_wrap=True)
+        sys.exit(NO_RESOURCES if error.errno == errno.ENOSPC else BAD_INPUT)
+    except Exception as error:
+        if _is_out_of_memory(error):
+            errors.print(
+                "[red]error[/] out of memory; give a smaller --memory, which plans for less"
+            )
+            sys.exit(NO_RESOURCES)
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        errors.print(
+            f"[red]bug[/] of effseg, please report it with {_write_traceback()}: {_plain(said)}",
+            soft_wrap=True,
+        )
+        sys.exit(INTERNAL)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Python says so by a class; torch by words in a RuntimeError, one phrase a device."""
+    if isinstance(error, MemoryError):
+        return True
+    words = ("out of memory", "can't allocate memory")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+
+
+def _write_traceback() -> str:
+    """A file with the traceback of the exception at hand."""
+    with tempfile.NamedTemporaryFile(
+        "w", prefix="effseg-traceback-", suffix=".txt", delete=False, encoding="utf-8"
+    ) as file:
+        traceback.print_exc(file=file)
+    return file.name
 
 
 def _planned(dataset: "Path | Dataset", memory: str, device: str | None) -> "Plan":

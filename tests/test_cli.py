@@ -1,8 +1,12 @@
 """The command line as a person meets it."""
 
 import json
+import re
+import signal
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +17,7 @@ from effseg.dataset import Dataset, layouts
 from effseg.errors import PlanError
 from effseg.io import read_grid, write_volume
 from effseg.plans import Plan
+from effseg.record import RunRecord
 from effseg.volume import Grid, Volume
 
 
@@ -66,6 +71,7 @@ def test_the_whole_way(tiny_dataset: Path, tiny_plan: Plan, tmp_path: Path) -> N
         (("train", "x", "--out", "y"), 1, "--plan PLAN or --memory SIZE"),
         (("check", "/nowhere/at/all"), 2, "/nowhere/at/all"),
         (("plan", ".", "--memory", "lots"), 2, "expected a size"),
+        (("plan", ".", "--memory", "1GiB", "--device", "abacus"), 2, "device 'abacus'; expected"),
         (("predict", "/no/run", "x.nii.gz", "--out", "o"), 2, "no such run"),
         (("evaluate", "/no/predictions", "/no/references"), 2, "/no/predictions"),
     ],
@@ -143,3 +149,65 @@ def test_a_wrong_pair_is_found_by_check(tmp_path: Path) -> None:
     assert "case_1" in said
     assert "spacing" in said
     assert "case_1" in effseg("plan", tmp_path, "--memory", "1GiB", expect=2)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (ZeroDivisionError("by\nzero"), 4, "bug of effseg.* ZeroDivisionError: by zero"),
+        (MemoryError(), 3, "out of memory; give a smaller --memory"),
+        (RuntimeError("CUDA out of memory. Tried to allocate"), 3, "give a smaller --memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 3, "smaller --memory"),
+        (PermissionError(13, "Permission denied", "/x"), 2, "error .*Permission denied: '/x'"),
+        (OSError(28, "No space left on device"), 3, "error .*No space left on device"),
+        (KeyboardInterrupt(), 130, "stopped"),
+    ],
+)
+def test_what_nobody_expected_is_one_line_and_an_exit_code(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: BaseException,
+    code: int,
+    words: str,
+) -> None:
+    def fail(path: Path) -> None:
+        raise error
+
+    monkeypatch.setattr("effseg.dataset.read_dataset", fail)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["effseg", "check", "x"])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == code
+    said = capsys.readouterr().err.strip()
+    assert re.search(words, said)
+    assert "\n" not in said
+    assert "Traceback" not in said
+    written = list(tmp_path.iterdir())
+    if code == 4:
+        assert str(written[0]) in said
+        assert "ZeroDivisionError" in written[0].read_text().splitlines()[-2]
+    assert len(written) == (code == 4)
+
+
+def test_an_interrupted_training_says_so_and_keeps_its_run(
+    tiny_dataset: Path, tiny_plan: Plan, tmp_path: Path
+) -> None:
+    plan, run = tiny_plan.save(tmp_path / "tiny.json"), tmp_path / "run"
+    command = [sys.executable, "-m", "effseg.cli", "train", str(tiny_dataset), "--out", str(run)]
+    command += ["--plan", str(plan), "--epochs", "10000"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as going:
+        try:
+            while going.poll() is None and not (run / "run.json").exists():
+                time.sleep(0.1)
+            going.send_signal(signal.SIGINT)
+            _, said = going.communicate(timeout=120)
+        finally:
+            going.kill()
+    assert going.returncode == 130, said
+    assert said.strip().endswith("stopped")
+    assert "Traceback" not in said
+    assert RunRecord.load(run / "run.json").stopped_by == "interrupt"

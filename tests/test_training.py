@@ -2,6 +2,7 @@
 
 import csv
 import json
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,8 @@ from effseg.errors import CheckpointError, DataError, PlanError
 from effseg.evaluation import Scores
 from effseg.planner import plan as make_plan
 from effseg.plans import Plan, TrainingConfig
-from effseg.training import choose_fold, train
+from effseg.record import RECORD, RunRecord
+from effseg.training import TrainingState, choose_fold, train
 from effseg.training.cache import cache_case
 from effseg.training.clock import Clock, learning_rate_factor
 from effseg.training.patches import ValidationPatches, draw_start, read_patch
@@ -111,6 +113,36 @@ def test_progress_is_told(tiny_plan: Plan, tiny_dataset: Path, tmp_path: Path) -
     assert states[-1].fraction == 1
     assert states[-1].dice is not None
     assert prepared[-1] == (6, 6)
+
+
+def test_an_interrupt_stays_one_and_what_was_learnt_is_kept(
+    tiny_plan: Plan, tiny_dataset: Path, tmp_path: Path
+) -> None:
+    def stop(state: TrainingState) -> None:
+        if state.epoch == 1:
+            raise KeyboardInterrupt
+
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny_plan, tiny_dataset, out=tmp_path / "run", progress=stop)
+    assert signal.getsignal(signal.SIGINT) is handler
+    record = RunRecord.load(tmp_path / "run" / RECORD)
+    assert (record.stopped_by, record.epochs, record.steps) == ("interrupt", 1, 7)
+    assert not (tmp_path / "run" / "cache").exists()
+    assert validate(tmp_path / "run").mean_dice is not None
+
+
+@pytest.mark.parametrize("exception", [SystemExit, DataError])
+def test_other_ends_stay_what_they_are(
+    tiny_plan: Plan, tiny_dataset: Path, tmp_path: Path, exception
+) -> None:
+    def stop(state: TrainingState) -> None:
+        if state.epoch == 1:
+            raise exception("enough")
+
+    with pytest.raises(exception, match="enough"):
+        train(tiny_plan, tiny_dataset, out=tmp_path / "run", progress=stop)
+    assert RunRecord.load(tmp_path / "run" / RECORD).stopped_by == "error"
 
 
 def test_a_folder_that_is_taken_is_left_alone(

@@ -20,7 +20,7 @@ from effseg.plans import Plan
 from effseg.record import RunMemory, RunRecord
 from effseg.training.module import SegmentationModule
 
-StoppedBy = Literal["minutes", "epochs", "patience", "interrupt", "running"]
+StoppedBy = Literal["minutes", "epochs", "patience", "interrupt", "error", "running"]
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ class BestWeights(pl.Callback):  # type: ignore[misc]
 
 @dataclass
 class RecordKeeper(pl.Callback):  # type: ignore[misc]
-    """Keeps the run's record true after each epoch and at the end."""
+    """Keeps the run's record true: after each epoch, and at the end, whatever brought it."""
 
     path: Path
     plan: Plan
@@ -168,8 +168,15 @@ class RecordKeeper(pl.Callback):  # type: ignore[misc]
         self._write(trainer, pl_module, stopped_by="running")
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: SegmentationModule) -> None:
-        """Once training is over, for whatever reason."""
+        """Once training is over as it should be."""
         self._write(trainer, pl_module, stopped_by=_stopped_by(trainer, pl_module))
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: SegmentationModule, exception: BaseException
+    ) -> None:
+        """When training is cut short."""
+        by: StoppedBy = "interrupt" if isinstance(exception, KeyboardInterrupt) else "error"
+        self._write(trainer, pl_module, stopped_by=by)
 
     def _write(
         self, trainer: pl.Trainer, pl_module: SegmentationModule, *, stopped_by: StoppedBy
@@ -214,8 +221,6 @@ class RecordKeeper(pl.Callback):  # type: ignore[misc]
 
 
 def _stopped_by(trainer: pl.Trainer, module: SegmentationModule) -> StoppedBy:
-    if trainer.interrupted:
-        return "interrupt"
     if module.clock.fraction(trainer.global_step) >= 1:
         return "minutes" if module.plan.training.minutes is not None else "epochs"
     return "patience"

@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+import signal
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -81,6 +82,7 @@ def train(
         of the best validation Dice) and checkpoints/.
 
     Raises:
+        KeyboardInterrupt: as it was sent; what was learnt until then is kept.
         PlanError: if plan and data set do not fit, minutes and epochs are both or neither set, or
             the device is not here.
         DataError: if `out` is taken, or a case cannot be used.
@@ -150,7 +152,7 @@ def train(
                 enable_model_summary=False,
                 default_root_dir=out,
             )
-            trainer.fit(module, datamodule=data)
+            _fit(trainer, module, data)
     except BaseException:
         if not (out / WEIGHTS).exists():
             # nothing worth keeping was learnt yet: leave no half-written run
@@ -161,6 +163,18 @@ def train(
     if not (out / WEIGHTS).exists():
         raise EffsegError(f"{out}: training ended before its first validation; give it longer")
     return out
+
+
+def _fit(trainer: pl.Trainer, module: SegmentationModule, data: PatchData) -> None:
+    """Fit; Lightning makes a `sys.exit` of an interrupt and ignores those to come: undo both."""
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        trainer.fit(module, datamodule=data)
+    except SystemExit as stop:
+        if not isinstance(stop.__context__, KeyboardInterrupt):
+            raise
+        signal.signal(signal.SIGINT, handler)
+        raise stop.__context__ from None
 
 
 def with_choices(
