@@ -81,13 +81,17 @@ def test_norm_act_conv_gives_the_same_numbers(norm, bias) -> None:
     assert_same(modules, torch.randn(2, 6, *SPACE, dtype=torch.float64))
 
 
-def test_many_tiles_give_what_one_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("strips", [1, 3, 32])
+def test_many_tiles_give_what_one_gives(strips, monkeypatch: pytest.MonkeyPatch) -> None:
     modules = three(lambda mode: DenseBlock(4, 3, 2, norm="instance", memory=mode))
     x = torch.randn(2, 4, 9, 10, 11, dtype=torch.float64)
     monkeypatch.setattr(
         tiles, "TILE_BYTES", {"cpu": 1, "cuda": 1}
     )  # the floor of 256 voxels a tile
-    assert len(tiles.tiles_of(torch.empty(2, 990, 4))) == 8
+    monkeypatch.setattr(tiles, "STRIPS", strips)
+    found = tiles.strips_of([torch.empty(2, 990, 4)])
+    assert len(found) == {1: 2, 3: 2, 32: 8}[strips]
+    assert sum(len(strip) for strip in found) == 8
     assert_same(modules, x)
 
 
