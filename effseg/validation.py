@@ -3,17 +3,29 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from effseg.dataset import read_dataset, read_label
+from effseg.dataset import Case, read_dataset, read_label
 from effseg.errors import CheckpointError
 from effseg.evaluation import CONVENTIONS, CaseScore, Scores, evaluate_case
 from effseg.inference import load_run, predict
-from effseg.record import RECORD, SCORES, VALIDATION, RunRecord
+from effseg.io import read_volume, write_volume
+from effseg.plans import Plan
+from effseg.postprocess import remove_components
+from effseg.record import PLAN, RECORD, SCORES, VALIDATION, RunRecord
+from effseg.volume import Volume
 
 TOLERANCE_MM = 1.0
+FEWEST_FINDS = 10
+"""True finds below which their smallest says nothing of how small a true one gets."""
+SAFE_SHARE = 0.8
+"""Of the smallest true find: another's may be smaller still."""
 
 
 def validate(run: str | Path, *, progress: Callable[[float, str], None] | None = None) -> Scores:
     """Predict and score the cases that a run held out of training.
+
+    Where the plan's rule drops components below a volume, and all that were found rightly here are
+    larger, the run's plan takes the larger volume for its rule: what is smaller was always wrong.
+    The scores are those under the rule that stands in the end.
 
     Args:
         run: the folder of a finished run.
@@ -27,48 +39,95 @@ def validate(run: str | Path, *, progress: Callable[[float, str], None] | None =
         DataError: if the data set has moved or changed.
     """
     loaded = load_run(run)
-    plan, folder = loaded.plan, loaded.folder / VALIDATION
-    record = RunRecord.load(loaded.folder / RECORD)
-    names = record.validation
-    dataset = read_dataset(record.dataset)
-    by_name = {case.name: case for case in dataset.cases}
-    labels = {label.value: label.name for label in plan.labels}
-    cases: list[CaseScore] = []
-    for done, name in enumerate(names):
+    folder = loaded.folder / VALIDATION
+    cases = _held_out(loaded.folder)
+    outs = [folder / f"{case.name}.nii.gz" for case in cases]
+    found: list[CaseScore] = []
+    for case, out in zip(cases, outs, strict=True):
         if progress is not None:
-            progress(done / len(names), name)
-        if name not in by_name:
-            raise CheckpointError(
-                f"{loaded.folder}: case {name} is no longer in {record.dataset}; put it back, or "
-                "score other cases with `effseg predict` and `effseg evaluate`"
-            )
-        case = by_name[name]
-        out = folder / f"{name}.nii.gz"
-        prediction = predict(loaded, case, out=out)
-        score = evaluate_case(
-            prediction,
-            read_label(case),
-            case=name,
-            labels=labels,
-            ignore_label=plan.ignore_label,
-            tolerance_mm=TOLERANCE_MM,
-        )
-        cases.append(
-            score.model_copy(
-                update={
-                    "prediction": str(out.absolute()),
-                    "reference": str(case.label),
-                    "image": str(case.images[0]),
-                }
-            )
-        )
+            progress(len(found) / len(cases), case.name)
+        found.append(_score(predict(loaded, case, out=out), case, out, loaded.plan))
+    plan = stricter(loaded.plan, found)
+    if plan is not loaded.plan:
+        plan.save(loaded.folder / PLAN)
+        found = [_cleaned(case, out, plan) for case, out in zip(cases, outs, strict=True)]
     if progress is not None:
         progress(1.0, "")
     scores = Scores(
         tolerance_mm=TOLERANCE_MM,
         ignore_label=plan.ignore_label,
         conventions=CONVENTIONS,
-        cases=tuple(cases),
+        cases=tuple(found),
     )
     scores.save(folder / SCORES)
     return scores
+
+
+def stricter(plan: Plan, found: list[CaseScore]) -> Plan:
+    """A plan that drops what is smaller than any true find; the same one where it already does.
+
+    Args:
+        plan: one without a smallest volume in its rule is left as it is.
+        found: the scores of its predictions.
+    """
+    rule = plan.inference.postprocess
+    finds = [
+        lesion.found_mm3
+        for case in found
+        for score in case.lesions
+        for lesion in score.lesions
+        if lesion.detected
+    ]
+    if rule.minimum_mm3 == 0 or len(finds) < FEWEST_FINDS:
+        return plan
+    limit = SAFE_SHARE * min(finds)
+    if limit <= rule.minimum_mm3:
+        return plan
+    why = (
+        f"the smallest of {len(finds)} components found rightly on validation has "
+        f"{min(finds):.3g} mm3; below {SAFE_SHARE:.0%} of that is noise"
+    )
+    inference = plan.inference.model_copy(
+        update={"postprocess": rule.model_copy(update={"minimum_mm3": limit})}
+    )
+    return plan.model_copy(
+        update={"inference": inference, "reasons": {**plan.reasons, "postprocess": why}}
+    )
+
+
+def _held_out(run: Path) -> list[Case]:
+    record = RunRecord.load(run / RECORD)
+    by_name = {case.name: case for case in read_dataset(record.dataset).cases}
+    for name in record.validation:
+        if name not in by_name:
+            raise CheckpointError(
+                f"{run}: case {name} is no longer in {record.dataset}; put it back, or "
+                "score other cases with `effseg predict` and `effseg evaluate`"
+            )
+    return [by_name[name] for name in record.validation]
+
+
+def _cleaned(case: Case, out: Path, plan: Plan) -> CaseScore:
+    """Bring a prediction under the plan's rule, and score it."""
+    given = read_volume(out)
+    array, _ = remove_components(given.array, given.grid.voxel_mm3, plan.inference.postprocess)
+    prediction = Volume(array=array, grid=given.grid)
+    write_volume(prediction, out)
+    return _score(prediction, case, out, plan)
+
+
+def _score(prediction: Volume, case: Case, out: Path, plan: Plan) -> CaseScore:
+    score = evaluate_case(
+        prediction,
+        read_label(case),
+        case=case.name,
+        labels={label.value: label.name for label in plan.labels},
+        ignore_label=plan.ignore_label,
+        tolerance_mm=TOLERANCE_MM,
+    )
+    paths = {
+        "prediction": str(out.absolute()),
+        "reference": str(case.label),
+        "image": str(case.images[0]),
+    }
+    return score.model_copy(update=paths)

@@ -328,6 +328,7 @@ def test_lesions_by_hand() -> None:
     assert [lesion.volume_mm3 for lesion in one.lesions] == pytest.approx(
         [4 * voxel, 2 * voxel, voxel]
     )
+    assert [lesion.found_mm3 for lesion in one.lesions] == pytest.approx([4 * voxel, 0, 0])
     assert one.lesions[0].centroid_mm == pytest.approx((12.5, 20.7, 30 + 3.5 * 0.8))
 
 
@@ -552,7 +553,9 @@ def label_score(label: int, dice: float | None) -> LabelScore:
 
 
 def test_means_by_hand() -> None:
-    lesion = Lesion(label=1, volume_mm3=1.0, centroid_mm=(0, 0, 0), detected=True, dice=0.5)
+    lesion = Lesion(
+        label=1, volume_mm3=1, centroid_mm=(0, 0, 0), detected=True, found_mm3=2, dice=0.5
+    )
     missed = lesion.model_copy(update={"detected": False, "dice": 0.0})
     lesions = (
         LesionScore(

@@ -53,6 +53,7 @@ def score_lesions(
     lesion_label, found_label = _labels(lesions), _labels(found)
     of_lesion, of_found = lesion_label[pairs[:, 0]], found_label[pairs[:, 1]]
 
+    sizes = np.array([component.n_voxels for component in found], dtype=np.int64)
     ignored = np.zeros(len(found), dtype=np.int64)
     if ignore_label is not None:
         unknown = of_lesion == ignore_label
@@ -61,11 +62,13 @@ def score_lesions(
     pairs, shared = pairs[matched], shared[matched]
 
     overlap_of_found = np.bincount(pairs[:, 1], weights=shared, minlength=len(found))
-    known = np.array([component.n_voxels for component in found], dtype=np.int64) - ignored
+    known = sizes - ignored
     claimed = known[pairs[:, 1]] * shared / overlap_of_found[pairs[:, 1]]
     overlap = np.bincount(pairs[:, 0], weights=shared, minlength=len(lesions))
     predicted = np.bincount(pairs[:, 0], weights=claimed, minlength=len(lesions))
     false = (overlap_of_found == 0) & (ignored == 0)
+    largest = np.zeros(len(lesions), dtype=np.int64)
+    np.maximum.at(largest, pairs[:, 0], sizes[pairs[:, 1]])
 
     results = []
     for label in labels:
@@ -77,7 +80,13 @@ def score_lesions(
                 n_detected=int(np.count_nonzero(overlap[members])),
                 n_false_positives=int(np.count_nonzero(false & (found_label == label))),
                 lesions=tuple(
-                    _lesion(lesions[i], overlap=overlap[i], predicted=predicted[i], grid=grid)
+                    _lesion(
+                        lesions[i],
+                        overlap=overlap[i],
+                        predicted=predicted[i],
+                        found=largest[i],
+                        grid=grid,
+                    )
                     for i in members
                 ),
             )
@@ -85,13 +94,16 @@ def score_lesions(
     return tuple(results)
 
 
-def _lesion(component: Component, *, overlap: float, predicted: float, grid: Grid) -> Lesion:
+def _lesion(
+    component: Component, *, overlap: float, predicted: float, found: int, grid: Grid
+) -> Lesion:
     z, y, x = grid.index_to_world(np.asarray(component.centroid_index)).tolist()
     return Lesion(
         label=component.label,
         volume_mm3=component.volume_mm3,
         centroid_mm=(z, y, x),
         detected=overlap > 0,
+        found_mm3=float(found * grid.voxel_mm3),
         dice=float(2 * overlap / (component.n_voxels + predicted)),
     )
 

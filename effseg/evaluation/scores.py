@@ -63,6 +63,9 @@ class Lesion(Config):
     volume_mm3: float = Field(gt=0)
     centroid_mm: tuple[float, float, float] = Field(description="world (z, y, x)")
     detected: bool = Field(description="a voxel or more of it is predicted as its label")
+    found_mm3: float = Field(
+        ge=0, description="volume of the largest predicted component that overlaps it"
+    )
     dice: float = Field(description="against the predicted components that overlap it")
 
 
