@@ -4,13 +4,14 @@ torch's own shape rules ("meta" tensors) are asked, and set right where they are
 device.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
+from torch._prims_common import suggest_memory_format
 
 from effseg.devices import DeviceKind
 
@@ -81,6 +82,7 @@ def infer_outcome(
             raise UnknownValueError(f"operator {func}") from error
         raise
     result = _correct_norm(func, args, result, device=device)
+    result = _correct_convolution(func, args, result, device=device)
 
     arguments = {id(part.untyped_storage()): at for at, part in reversed([*enumerate(shapes)])}
     new: dict[int, int] = {}
@@ -146,6 +148,62 @@ def _correct_norm(func: OpOverload, args: tuple[Any, ...], result: Any, *, devic
         low = source.dtype in (torch.bfloat16, torch.float16)
         dtype = torch.float32 if low and (wide or device == "cuda") else source.dtype
     return (_typed(first, source.dtype), *(_typed(part, dtype) for part in rest))
+
+
+def _correct_convolution(
+    func: OpOverload, args: tuple[Any, ...], result: Any, *, device: Device
+) -> Any:
+    """Lay out what a convolution returns as the kernel does that would be chosen."""
+    name = func._schema.name.removeprefix("aten::")
+    if name == "convolution":
+        inputs, weight, bias, *options = args
+        return _laid_out(result, convolution_layout(inputs, weight, bias, options, device=device))
+    if name == "convolution_backward":
+        _, inputs, weight, _, *options, _ = args
+        layout = convolution_layout(inputs, weight, None, options, device=device)
+        of_inputs, of_weight, of_bias = result
+        return _laid_out(of_inputs, layout), _laid_out(of_weight, layout), of_bias
+    return result
+
+
+def convolution_layout(
+    inputs: Tensor, weight: Tensor, bias: Tensor | None, options: Sequence[Any], *, device: Device
+) -> torch.memory_format:
+    """How the tensors lie that a convolution reads and returns.
+
+    On CUDA as cuDNN wants them: channels innermost as soon as those of the input or of the weight
+    are (`cudnn_conv_suggest_memory_format` in ATen/native/ConvUtils.h). On the CPU as torch says of
+    the kernel that it would choose.
+
+    Args:
+        inputs: (N, C, *S).
+        weight: of the convolution.
+        bias: of the convolution.
+        options: stride, padding, dilation, transposed, output_padding, groups.
+        device: whose kernels.
+    """
+    if device == "cuda":
+        if weight.dtype == torch.float64:
+            return torch.contiguous_format
+        for tensor in (inputs, weight):
+            layout: torch.memory_format = suggest_memory_format(tensor)
+            if layout != torch.contiguous_format:
+                return layout
+        return torch.contiguous_format
+    stride, padding, dilation, transposed, output_padding, groups = options
+    kernel = torch._C._select_conv_backend(
+        inputs, weight, bias, stride, padding, dilation, transposed, output_padding, groups, None
+    )
+    chosen: torch.memory_format = torch._C._conv_determine_backend_memory_format(
+        inputs, weight, kernel
+    )
+    return chosen
+
+
+def _laid_out(tensor: Tensor | None, layout: torch.memory_format) -> Tensor | None:
+    if tensor is None:
+        return None
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta", memory_format=layout)
 
 
 def _typed(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
