@@ -98,7 +98,24 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
         3, 1, 2, [3, 3, 3], [1, 2, 2], [2, 2], filters=[4, 8, 8], res_block=True
     ),
     "supervised": lambda: nets.SegResNetDS(3, 8, 1, 2, blocks_down=(1, 1, 1), dsdepth=2),
+    "UNet": lambda: nets.UNet(3, 1, 2, (4, 8, 16), (2, 2), num_res_units=2),
+    "AttentionUnet": lambda: nets.AttentionUnet(3, 1, 2, (4, 8, 16), (2, 2)),
 }
+
+LARGE_NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {
+    "VNet": (lambda: nets.VNet(3, 1, 2), 32),
+    "UNETR": (
+        lambda: nets.UNETR(
+            *(1, 2, (16, 16, 16)), feature_size=4, hidden_size=24, mlp_dim=48, num_heads=3
+        ),
+        16,
+    ),
+    "SwinUNETR": (
+        lambda: nets.SwinUNETR(1, 2, feature_size=12, depths=(2, 1, 1, 1), num_heads=(1, 1, 1, 1)),
+        64,
+    ),
+}
+"""With the side of their patch."""
 
 
 def step_of(
@@ -127,9 +144,19 @@ def step_of(
 
 
 def assert_traced_is_measured(
-    name: str, autocast: torch.dtype | None, optimizer: Callable[..., Any] | None
+    name: str,
+    autocast: torch.dtype | None,
+    optimizer: Callable[..., Any] | None,
 ) -> None:
-    network, shape = NETWORKS[name](), (2, 1, 16, 16, 16)
+    assert_step_is_traced(NETWORKS[name](), (2, 1, 16, 16, 16), autocast, optimizer)
+
+
+def assert_step_is_traced(
+    network: nn.Module,
+    shape: tuple[int, ...],
+    autocast: torch.dtype | None,
+    optimizer: Callable[..., Any] | None,
+) -> None:
     traced = trace_peak(network, shape, autocast=autocast, optimizer=optimizer, device="cpu")
     measured = measure_peak(step_of(network, shape, autocast=autocast, optimizer=optimizer))
     assert traced.timeline == measured.timeline
@@ -152,6 +179,52 @@ def test_traced_equals_measured_in_bfloat16(name):
 @pytest.mark.parametrize("optimizer", [None, torch.optim.SGD], ids=["none", "sgd"])
 def test_traced_equals_measured_everywhere(name, autocast, optimizer):
     assert_traced_is_measured(name, autocast, optimizer)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LARGE_NETWORKS)
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+def test_large_networks_traced_equal_measured(name, autocast):
+    if "NETR" in name:
+        pytest.importorskip("einops")
+    build, side = LARGE_NETWORKS[name]
+    assert_step_is_traced(build(), (1, 1, side, side, side), autocast, None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("innermost", [False, True])
+@pytest.mark.parametrize(
+    ("c_in", "c_out", "kernel", "stride", "transposed", "groups"),
+    [
+        (8, 4, 3, 1, False, 1),
+        (8, 4, 1, 1, False, 1),
+        (8, 4, 3, 2, False, 2),
+        (8, 4, 2, 2, True, 1),
+        (8, 8, 3, 1, False, 8),
+    ],
+)
+def test_convolutions_lie_as_the_real_ones(
+    dtype, innermost, c_in, c_out, kernel, stride, transposed, groups
+):
+    layout = torch.channels_last_3d if innermost else torch.contiguous_format
+    x = torch.randn(2, c_in, 6, 6, 6).to(dtype).contiguous(memory_format=layout)
+    one, other = (c_in, c_out) if transposed else (c_out, c_in)
+    weight = torch.randn(one, other // groups, kernel, kernel, kernel).to(dtype)
+    options = ([stride] * 3, [0] * 3, [1] * 3, transposed, [0] * 3, groups)
+
+    def strides(x: Tensor, weight: Tensor) -> list[tuple[int, ...]]:
+        y = torch.ops.aten.convolution(x, weight, None, *options)
+        gradients = torch.ops.aten.convolution_backward(
+            torch.ones_like(y), x, weight, None, *options, [True, True, False]
+        )
+        return [tensor.stride() for tensor in (y, *gradients[:2])]
+
+    expected = strides(x, weight)
+    with HollowMode(device="cpu"):
+        assert strides(hollow(x), hollow(weight)) == expected
+    with HollowMode(device="cuda"):
+        on_card = strides(hollow(x), hollow(weight))
+    assert all((stride[1] == 1) == innermost for stride in on_card if kernel > 1)
 
 
 def test_bytes_of_a_linear_layer_by_hand():
@@ -349,6 +422,16 @@ LOOKS: dict[str, Callable[[Tensor], Any]] = {
 }
 
 
+def test_a_compiled_network_is_refused_in_one_line():
+    compiled_in_place = nn.Conv3d(1, 2, 1)
+    compiled_in_place.compile(backend="eager")
+    compiled = torch.compile(nn.Conv3d(1, 2, 1), backend="eager")
+    for network in (compiled, nn.Sequential(compiled_in_place)):
+        with pytest.raises(PlanError, match=r"^\w+ is compiled.*before torch.compile") as refusal:
+            trace_peak(network, (1, 1, 8, 8, 8))
+        assert "\n" not in str(refusal.value)
+
+
 @pytest.mark.parametrize("look", LOOKS.values(), ids=LOOKS)
 def test_a_network_that_looks_at_values_is_refused(look):
     with pytest.raises(PlanError, match=r"^Undecided.*cannot be traced.*measure_peak"):
@@ -430,6 +513,23 @@ def test_cuda_rules_are_the_lists_of_the_installed_torch():
     assert build_rules()["softmax"] == "dtype"
 
 
+def test_meta_tensors_ignore_autocast_and_hollow_ones_do_not():
+    weight, shape = torch.ones(2, 1, 1, 1, 1), (1, 1, 4, 4, 4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        on_meta = F.conv3d(torch.empty(shape, device="meta"), weight.to("meta"))
+        with HollowMode(device="cuda"):
+            on_nothing = F.conv3d(hollow_empty(shape, torch.float32), hollow(weight))
+    assert (on_meta.dtype, on_nothing.dtype) == (torch.float32, torch.bfloat16)
+
+
+def test_backward_for_cuda_needs_no_card():
+    # a tensor that says it is on CUDA ends the process here once autograd asks for its device
+    with HollowMode(device="cuda"):
+        x = hollow_empty((2, 3), torch.float32).requires_grad_()
+        (x * 2).sum().backward()
+    assert (x.device.type, x.grad.shape) == ("cpu", x.shape)
+
+
 VOLUME, LOW, WIDE = (1, 2, 4, 4, 4), torch.bfloat16, torch.float32
 
 
@@ -458,6 +558,16 @@ CASTS: list[tuple[Callable[[Tensor], Tensor], torch.dtype]] = [
     (lambda x: 1 / x, WIDE),
     (lambda x: x.sum(), WIDE),
     (lambda x: x.mean(), LOW),
+    (lambda x: F.max_pool3d(x, 2, return_indices=True)[0], LOW),
+    (lambda x: F.batch_norm(x, None, None, training=True), LOW),
+    (lambda x: F.leaky_relu(x, 0.1), LOW),
+    (lambda x: F.prelu(x, torch.ones(2)), LOW),
+    (lambda x: F.interpolate(x, scale_factor=2, mode="nearest"), WIDE),
+    (lambda x: F.rms_norm(x, (4,), torch.ones(4)), WIDE),
+    (lambda x: F.binary_cross_entropy_with_logits(x, x), WIDE),
+    (lambda x: torch.stack([x, x]), LOW),
+    (lambda x: torch.cat([x, x, x.float()], 1), WIDE),
+    (lambda x: F.pad(x, (1, 1, 1, 1, 1, 1)), LOW),
     (lambda x: x.norm(), WIDE),
     (lambda x: torch.cat([x, x]), LOW),
     (lambda x: torch.cat([x, x.float()]), WIDE),
@@ -509,6 +619,8 @@ def test_traced_is_near_the_cuda_allocator(autocast):
     measured = measure_peak(step)
     assert traced.saved_bytes == pytest.approx(measured.saved_bytes, rel=0.01)
     assert traced.peak_bytes == pytest.approx(measured.peak_bytes, rel=0.25)
+    assert traced.reserved_bytes == pytest.approx(measured.reserved_bytes, rel=0.25)
+    assert traced.device_bytes == pytest.approx(measured.device_bytes, rel=0.25)
 
 
 @pytest.mark.parametrize("resettable", [True, False])

@@ -37,16 +37,22 @@ class MemoryReport:
 
     Attributes:
         peak_bytes: all that lives at once: parameters, buffers, gradients, optimizer state,
-            batch, activations.
+            batch, activations. On CUDA what `torch.cuda.max_memory_allocated` says, kernels'
+            workspaces and rounding included.
         saved_bytes: kept from forward to backward; parameters and batch aside.
         parameter_bytes: the parameters alone.
         timeline: in the order of execution; empty where no operator ran.
+        reserved_bytes: what CUDA's caching allocator holds for it, in use or not, as
+            `torch.cuda.max_memory_reserved`; None on a CPU.
+        device_bytes: what nvidia-smi shows: reserved bytes and the CUDA context; None on a CPU.
     """
 
     peak_bytes: int
     saved_bytes: int
     parameter_bytes: int
     timeline: tuple[MemoryEvent, ...]
+    reserved_bytes: int | None = None
+    device_bytes: int | None = None
 
     @property
     def peak_event(self) -> MemoryEvent | None:
@@ -79,6 +85,11 @@ class MemoryReport:
             f"peak {format_bytes(self.peak_bytes)}, saved {format_bytes(self.saved_bytes)}, "
             f"parameters {format_bytes(self.parameter_bytes)}"
         )
+        if self.reserved_bytes is not None and self.device_bytes is not None:
+            text += (
+                f", reserved {format_bytes(self.reserved_bytes)}, "
+                f"device {format_bytes(self.device_bytes)}"
+            )
         event = self.peak_event
         if event is None:
             return text

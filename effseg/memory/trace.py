@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,13 +12,12 @@ from torch.optim import Optimizer
 
 from effseg.errors import PlanError
 from effseg.memory.cuda_rules import CudaRules
+from effseg.memory.cuda_workspace import CudaCard
 from effseg.memory.hollow import HollowFunctions, HollowMode, hollow, hollow_empty
 from effseg.memory.report import MemoryReport
 from effseg.memory.shapes import Device, UnknownValueError
+from effseg.memory.simulated import SimulatedCard
 from effseg.memory.tracker import MemoryTracker
-
-CUDA_ROUNDING_BYTES = 512
-"""The smallest unit of CUDA's caching allocator (kMinBlockSize in c10/core/AllocatorConfig.h)."""
 
 
 def trace_peak(
@@ -30,6 +30,7 @@ def trace_peak(
     optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] | None = None,
     autocast: torch.dtype | None = None,
     device: Device = "cuda",
+    card: CudaCard | None = None,
 ) -> MemoryReport:
     """Predict the memory of one training step: forward, loss, backward, optimizer.
 
@@ -40,8 +41,8 @@ def trace_peak(
 
     With `device="cpu"` every number equals, to the byte, what `measure_peak` counts for the same
     step. With "cuda" autocast follows CUDA's rules, an optimizer that leaves `foreach` open takes
-    it, and each tensor is rounded up to the allocator's 512 bytes; what cuDNN takes as workspace
-    and the CUDA context are not in it.
+    it, kernels take their workspaces, and CUDA's caching allocator is simulated, over this step and
+    the next: `reserved_bytes` is what it then holds.
 
     Args:
         module: any network that takes one tensor; its weights may lie anywhere, on "meta" too.
@@ -56,35 +57,47 @@ def trace_peak(
             lr=1e-3)`. None: the step ends with the gradients.
         autocast: the lower type of mixed precision; None: off.
         device: whose rules to follow.
+        card: the CUDA card that is meant; None: a Hopper card.
 
     Returns:
         The report; the batch counts in its peak.
 
     Raises:
         PlanError: if a shape has a length below one, the loss is no scalar or hangs on no
-            parameter, or the network looks at values (`.item()`, boolean indexing), which a trace
-            does not have.
+            parameter, the network looks at values (`.item()`, boolean indexing), which a trace
+            does not have, or it is compiled.
     """
     _check_shapes(input_shape, label_shape)
-    with _hollow_world(module, device) as tracker:
+    _check_not_compiled(module)
+    simulated = SimulatedCard(card or CudaCard()) if device == "cuda" else None
+    with _hollow_world(module, device, simulated) as tracker:
         net = _hollow_copy(module)
         batch = hollow_empty(tuple(input_shape), _input_dtype(net))
         labels = [] if label_shape is None else [hollow_empty(tuple(label_shape), label_dtype)]
         tracker.adopt((*net.parameters(), *net.buffers(), batch, *labels))
         stepper = None if optimizer is None else optimizer(net.parameters())
+        start = _requests(simulated)
         with tracker:
             with _autocast(autocast, device):
                 value = (loss or mean_of_outputs)(net(batch), *labels)
                 _check_loss(value)
             value.backward()
             del value
+            stop = resume = _requests(simulated)
             if stepper is not None:
                 if device == "cuda":
                     _prefer_foreach(stepper)
                 stepper.step()
                 tracker.settle()
+                resume = _requests(simulated)
                 stepper.step()
-    return tracker.report()
+        report = tracker.report()
+        if simulated is not None:
+            net.zero_grad()
+            # the next step, beside an optimizer's state that lies where activations lay before
+            simulated.repeat(slice(start, stop), slice(resume, None))
+            report = _on_card(report, simulated)
+    return report
 
 
 def trace_forward(
@@ -93,6 +106,7 @@ def trace_forward(
     *,
     autocast: torch.dtype | None = None,
     device: Device = "cuda",
+    card: CudaCard | None = None,
 ) -> MemoryReport:
     """Predict the memory of one pass without gradients, the module in eval mode.
 
@@ -101,6 +115,7 @@ def trace_forward(
         input_shape: of the whole batch, (N, C, *S).
         autocast: the lower type of mixed precision; None: off.
         device: whose rules to follow.
+        card: the CUDA card that is meant; None: a Hopper card.
 
     Returns:
         The report; parameters and the batch count in its peak.
@@ -109,19 +124,34 @@ def trace_forward(
         PlanError: as `trace_peak`.
     """
     _check_shapes(input_shape, None)
-    with _hollow_world(module, device) as tracker, torch.no_grad():
+    _check_not_compiled(module)
+    simulated = SimulatedCard(card or CudaCard()) if device == "cuda" else None
+    with _hollow_world(module, device, simulated) as tracker, torch.no_grad():
         net = _hollow_copy(module).eval()
         batch = hollow_empty(tuple(input_shape), _input_dtype(net))
         tracker.adopt((*net.parameters(), *net.buffers(), batch))
         with tracker, _autocast(autocast, device):
             net(batch)
-    return tracker.report()
+    report = tracker.report()
+    return report if simulated is None else _on_card(report, simulated)
+
+
+def _requests(simulated: SimulatedCard | None) -> int:
+    return 0 if simulated is None else simulated.n_requests
+
+
+def _on_card(report: MemoryReport, simulated: SimulatedCard) -> MemoryReport:
+    return replace(
+        report, reserved_bytes=simulated.reserved_bytes, device_bytes=simulated.device_bytes
+    )
 
 
 @contextmanager
-def _hollow_world(module: nn.Module, device: Device) -> Iterator[MemoryTracker]:
+def _hollow_world(
+    module: nn.Module, device: Device, simulated: SimulatedCard | None
+) -> Iterator[MemoryTracker]:
     """Where new tensors are hollow, with a tracker; what needs values is refused by name."""
-    tracker = MemoryTracker(rounding_bytes=CUDA_ROUNDING_BYTES if device == "cuda" else 1)
+    tracker = MemoryTracker(card=simulated)
     try:
         with torch.random.fork_rng(devices=()), HollowFunctions(), HollowMode(device=device):
             yield tracker
@@ -149,6 +179,15 @@ def _check_shapes(input_shape: Sequence[int], label_shape: Sequence[int] | None)
     for name, shape in (("input_shape", input_shape), ("label_shape", label_shape)):
         if shape is not None and any(length < 1 for length in shape):
             raise PlanError(f"{name} {tuple(shape)}; expected lengths of at least one voxel")
+
+
+def _check_not_compiled(module: nn.Module) -> None:
+    for part in module.modules():
+        if hasattr(part, "_orig_mod") or getattr(part, "_compiled_call_impl", None) is not None:
+            raise PlanError(
+                f"{type(part).__name__} is compiled, and a trace follows torch's own operators; "
+                "trace it before torch.compile, or run it in measure_peak(...)"
+            )
 
 
 def mean_of_outputs(output: Any) -> Tensor:

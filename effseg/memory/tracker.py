@@ -5,7 +5,8 @@ storage of every tensor that goes in or comes out and hears when that storage di
 their storage and count once. It never looks at a value, so real and hollow tensors are counted by
 the same code, and a traced step equals a measured one to the byte.
 
-What it cannot see is a kernel's own scratch space.
+What it cannot see is a kernel's own scratch space; for a CUDA card that is reckoned, and each
+storage takes the block that CUDA's allocator would hand out.
 """
 
 import gc
@@ -21,7 +22,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from effseg.memory.allocator import Block
 from effseg.memory.report import MemoryEvent, MemoryReport, Phase
+from effseg.memory.simulated import SimulatedCard
 from effseg.memory.whereabouts import Whereabouts
 
 HOST, ACCELERATOR = 0, 1
@@ -31,9 +34,13 @@ HOST, ACCELERATOR = 0, 1
 class _Storage(weakref.ref[torch.UntypedStorage]):
     """A living storage, as it was counted."""
 
-    __slots__ = ("inherited", "key", "n_bytes", "optimizer", "place", "saved")
+    __slots__ = (
+        *("block", "inherited", "key", "length", "n_bytes", "optimizer", "place", "saved"),
+    )
 
+    block: Block | None
     key: int
+    length: int
     n_bytes: int
     place: int
     inherited: bool
@@ -62,12 +69,13 @@ class MemoryTracker(TorchDispatchMode):
     rests meanwhile, so that garbage lives equally long in every run.
 
     Args:
-        rounding_bytes: each storage takes a multiple of this, as an allocator would round it.
+        card: where all of this is meant to happen: storages take its blocks, and what its kernels
+            need beside tensors counts. None: storages count by their length.
     """
 
-    def __init__(self, *, rounding_bytes: int = 1) -> None:
+    def __init__(self, *, card: SimulatedCard | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._rounding = rounding_bytes
+        self._card = card
         self._storages: dict[int, _Storage] = {}
         self._inherited = [0, 0]
         self._relative = [0, 0]
@@ -112,17 +120,16 @@ class MemoryTracker(TorchDispatchMode):
             return None
         memory = tensor.untyped_storage()
         known = self._storages.get(id(memory))
-        n_bytes = memory.nbytes()
-        if self._rounding != 1:
-            n_bytes = -(-n_bytes // self._rounding) * self._rounding
+        length = memory.nbytes()
         if known is not None:
-            if n_bytes != known.n_bytes:
-                self._add(known.place, n_bytes - known.n_bytes)
-                known.n_bytes = n_bytes
+            if length != known.length:
+                self._resize(known, length)
             return known
         known = _Storage(memory, self._forget)
         known.key = id(memory)
-        known.n_bytes = n_bytes
+        known.length = length
+        known.block, known.n_bytes = self._take(length)
+        n_bytes = known.n_bytes
         known.place = HOST if memory.device.type in ("cpu", "meta") else ACCELERATOR
         known.inherited = inherited
         known.saved = False
@@ -135,6 +142,19 @@ class MemoryTracker(TorchDispatchMode):
         else:
             self._add(known.place, n_bytes)
         return known
+
+    def _take(self, length: int) -> tuple[Block | None, int]:
+        """The block for a storage of this length, and what it counts."""
+        block = None if self._card is None else self._card.allocate(length)
+        return block, length if block is None else block.n_bytes
+
+    def _resize(self, storage: _Storage, length: int) -> None:
+        block, n_bytes = self._take(length)
+        if self._card is not None:
+            self._card.free(storage.block)
+        self._add(storage.place, n_bytes)  # what was there is copied before it goes
+        self._add(storage.place, -storage.n_bytes)
+        storage.block, storage.n_bytes, storage.length = block, n_bytes, length
 
     def _add(self, place: int, n_bytes: int) -> None:
         now = self._relative[place] + n_bytes
@@ -150,6 +170,8 @@ class MemoryTracker(TorchDispatchMode):
             self._relative[storage.place] -= storage.n_bytes
             if storage.saved:
                 self._saved_now -= storage.n_bytes
+            if self._card is not None:
+                self._card.free(storage.block)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -165,6 +187,12 @@ class MemoryTracker(TorchDispatchMode):
             self._meet_all(tuple(kwargs.values()), inherited=True)
         result = func(*args, **kwargs)
         self._meet_all((result,), inherited=False)
+        if self._card is not None:
+            backward = torch._C._current_autograd_node() is not None
+            kept, passing = self._card.work(func._schema.name, args, result, backward=backward)
+            self._inherited[HOST] += kept  # a step in the middle of a training finds it there
+            self._add(HOST, passing)
+            self._add(HOST, -passing)
         return result
 
     def _meet_all(self, values: tuple[Any, ...] | list[Any], *, inherited: bool) -> None:
