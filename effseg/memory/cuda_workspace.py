@@ -55,10 +55,17 @@ TILES: dict[str, tuple[int, int]] = {
 """Tiles in the accumulator's type that live at once: of half-precision features, of others."""
 
 
+def installed_cudnn() -> int:
+    """This torch's; of one without CUDA that which the same release brings where it has CUDA."""
+    brought = 91002 if torch.__version__.startswith("2.10.") else 91900
+    version: int | None = torch.backends.cudnn.version()
+    return version or brought
+
+
 class CudaCard(Config):
     """The card, driver and libraries that a trace is made for.
 
-    The defaults are those of a Hopper card with what torch 2.10 and later bring; `of_this_machine`
+    The defaults are those of a Hopper card with the cuDNN of the installed torch; `of_this_machine`
     asks the card that is there.
     """
 
@@ -66,7 +73,7 @@ class CudaCard(Config):
         CUBLAS_BYTES[9], ge=0, description="one cuBLAS workspace; each of two threads takes one"
     )
     cudnn_version: int = Field(
-        default_factory=lambda: cudnn_version(),
+        default_factory=installed_cudnn,
         ge=8000,
         description="as torch.backends.cudnn.version()",
     )
@@ -93,17 +100,9 @@ class CudaCard(Config):
         major, _ = torch.cuda.get_device_capability()
         return cls(
             cublas_bytes=CUBLAS_BYTES.get(major, OLDER_CUBLAS_BYTES),
-            cudnn_version=cudnn_version(),
             context_bytes=bytes_beyond_allocator(torch.cuda.current_device()),
             expandable_segments=expandable_segments,
         )
-
-
-def cudnn_version() -> int:
-    """This torch's; of one without CUDA that which the same release brings where it has CUDA."""
-    brought = 91002 if torch.__version__.startswith("2.10.") else 91900
-    version: int | None = torch.backends.cudnn.version()
-    return version or brought
 
 
 def bytes_beyond_allocator(device: int) -> int:
