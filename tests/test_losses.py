@@ -24,7 +24,17 @@ def _batch(n=2, c=3, shape=(5, 4, 6), dtype=torch.float64, ignored=0.0):
     return logits.requires_grad_(), labels
 
 
-def _plain(logits, labels, *, background, over_batch, ignore_label, weights=(1.0, 1.0)):
+def _plain(
+    logits,
+    labels,
+    *,
+    background,
+    over_batch,
+    ignore_label,
+    weights=(1.0, 1.0),
+    class_weights=None,
+    gamma=0.0,
+):
     """The same loss, written with masks and one-hot and left to autograd."""
     kept = labels != ignore_label if ignore_label is not None else torch.ones_like(labels).bool()
     safe = torch.where(kept, labels, 0).long()
@@ -34,10 +44,12 @@ def _plain(logits, labels, *, background, over_batch, ignore_label, weights=(1.0
     axes = tuple(range(2, logits.ndim))
     axes = (0, *axes) if over_batch else axes
     tp, pred, ref = ((t).sum(axes) for t in (p * one_hot, p, one_hot))
-    dice = (2 * tp + 1e-5) / (pred + ref + 1e-5)
-    dice = dice if background else dice[..., 1:]
-    ce = -(log_p * one_hot).sum() / kept.sum().clamp(min=1)
-    return weights[0] * (1 - dice.mean()) + weights[1] * ce
+    each = torch.ones(logits.shape[1]) if class_weights is None else torch.tensor(class_weights)
+    missed = each * (1 - (2 * tp + 1e-5) / (pred + ref + 1e-5))
+    missed = missed if background else missed[..., 1:]
+    weighed = one_hot * each.view(-1, *(1,) * (logits.ndim - 2))
+    ce = -((1 - log_p.exp()) ** gamma * log_p * weighed).sum() / weighed.sum().clamp(min=1e-9)
+    return weights[0] * missed.mean() + weights[1] * ce
 
 
 def _number(value: Tensor) -> float:
@@ -97,12 +109,72 @@ def test_equals_plain_autograd_with_ignored_voxels(background, over_batch, label
     assert gradient.movedim(1, -1)[labels == IGNORE].abs().max() == 0
 
 
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
+@pytest.mark.parametrize(("background", "over_batch"), SETTINGS)
+def test_class_weights_and_focal_terms_equal_plain_autograd(background, over_batch, gamma):
+    logits, labels = _batch(n=3, c=4, ignored=0.3)
+    settings = {"background": background, "over_batch": over_batch, "ignore_label": IGNORE}
+    weights = (0.5, 0.0, 3.0, 1.0)
+    expected, expected_gradient = _value_and_gradient(
+        lambda z, y: _plain(z, y, class_weights=weights, gamma=gamma, **settings), logits, labels
+    )
+    loss = DiceCELoss(
+        dice_background=background,
+        dice_over_batch=over_batch,
+        ignore_label=IGNORE,
+        weights=weights,
+        focal_gamma=gamma,
+    )
+    value, gradient = _value_and_gradient(loss, logits, labels)
+    assert abs(float(value - expected)) <= 1e-12
+    assert (gradient - expected_gradient).abs().max() <= 1e-12
+
+
+@pytest.mark.parametrize("gamma", [0.5, 1.0, 3.0])
+def test_a_sure_voxel_has_a_finite_focal_term(gamma):
+    labels = torch.tensor([[0, 1]])
+    logits = torch.tensor([[[200.0, 200.0], [-200.0, -200.0]]])
+    loss = DiceCELoss(dice_weight=0.0, focal_gamma=gamma)
+    value, gradient = _value_and_gradient(loss, logits, labels)
+    # one right and one wrong beyond doubt: (1 - 0)^gamma 400 over two voxels
+    assert _number(value) == pytest.approx(200.0)
+    torch.testing.assert_close(gradient, torch.tensor([[[0.0, 0.5], [0.0, -0.5]]]))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"weights": (0.0, 0.0)},
+        {"weights": ()},
+        {"weights": (1.0, -1.0)},
+        {"weights": (1.0, math.nan)},
+        {"focal_gamma": -1.0},
+        {"focal_gamma": math.inf},
+    ],
+)
+def test_class_weights_and_gammas_that_make_no_sense_are_refused(options):
+    with pytest.raises(PlanError, match="expected"):
+        DiceCELoss(**options)
+
+
+def test_as_many_class_weights_as_classes():
+    logits, labels = _batch(c=3)
+    with pytest.raises(PlanError, match="2 class weights for 3 classes"):
+        DiceCELoss(weights=(1.0, 2.0))(logits, labels)
+
+
+def test_class_weights_move_with_the_module_and_are_not_learnt():
+    loss = DiceCELoss(weights=(1.0, 2.0))
+    assert loss.state_dict() == {}
+    assert loss.to("meta").weights.device.type == "meta"
+
+
 @pytest.mark.parametrize("ignored", [0.0, 0.3])
 def test_gradcheck(ignored):
     logits, labels = _batch(c=3, shape=(2, 3, 2), ignored=ignored)
     ignore_label = IGNORE if ignored else None
     assert torch.autograd.gradcheck(
-        lambda z: class_sums(z, labels, ignore_label=ignore_label), (logits,)
+        lambda z: class_sums(z, labels, ignore_label=ignore_label, focal_gamma=1.5), (logits,)
     )
     assert torch.autograd.gradcheck(
         lambda z: DiceCELoss(ignore_label=ignore_label, dice_over_batch=False)(z, labels), (logits,)
@@ -112,8 +184,10 @@ def test_gradcheck(ignored):
 def test_sums_worked_by_hand():
     # two voxels, two classes: p = (3/4, 1/4) with label 0, then (1/2, 1/2) with label 1
     logits = torch.tensor([[[math.log(3.0), 0.0], [0.0, 0.0]]], dtype=torch.float64)
-    sums = class_sums(logits, torch.tensor([[0, 1]]), ignore_label=None)
-    expected = [[0.75, 0.5], [1.25, 0.75], [1.0, 1.0], [math.log(0.75), math.log(0.5)]]
+    sums = class_sums(logits, torch.tensor([[0, 1]]), ignore_label=None, focal_gamma=2.0)
+    log_p = [math.log(0.75), math.log(0.5)]
+    focal = [0.25**2 * log_p[0], 0.5**2 * log_p[1]]
+    expected = [[0.75, 0.5], [1.25, 0.75], [1.0, 1.0], log_p, focal]
     torch.testing.assert_close(sums[0], torch.tensor(expected, dtype=torch.float64))
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from effseg.kernels import tiles
+from effseg.kernels import norm, pointwise, tiles
 from effseg.memory import CudaCard, measure_peak, trace_forward, trace_peak
 from effseg.memory.cuda_workspace import (
     OLDER_CUBLAS_BYTES,
@@ -140,9 +140,10 @@ def tile_call(name: str, rows: Tensor) -> tuple[object, ...]:
     into = torch.zeros_like(rows)
     return {
         "moments": (rows, True),
-        "affine_act_linear": (rows, row, row, weight, 0.1),
-        "affine_act_linear_backward": (rows, row, row, weight, 0.1, gradient, into),
+        "affine_act_linear": ([rows], row, row, weight, 0.1),
+        "affine_act_linear_backward": ([rows], row, row, weight, 0.1, gradient, [into]),
         "affine_act": (rows, row, row, 0.1),
+        "affine_act_": (rows, row, row, 0.1),
         "activation_backward": (into, rows, row, row, 0.1),
         "affine_combine": (into, row, rows, row, row),
     }[name]
@@ -155,9 +156,11 @@ def test_tiles_that_live_at_once_are_counted(operator, dtype, monkeypatch):
     name = operator.removeprefix("effseg::")
     args = tile_call(name, torch.randn(1, 2 * ROWS, CHANNELS).to(dtype))
     kept: list[object] = []
-    report = measure_peak(lambda: kept.append(getattr(tiles, name)._init_fn(*args)))
+    run = (vars(pointwise) | vars(norm))[name]._init_fn
+    report = measure_peak(lambda: kept.append(run(*args)))
     results = [t for t in (kept[0] if isinstance(kept[0], tuple) else kept) if t is not None]
-    given = {t.untyped_storage().data_ptr(): t for t in args if isinstance(t, Tensor)}
+    flat = [t for arg in args for t in (arg if isinstance(arg, list) else [arg])]
+    given = {t.untyped_storage().data_ptr(): t for t in flat if isinstance(t, Tensor)}
     held = sum(t.untyped_storage().nbytes() for t in (*given.values(), *results))
     n_tiles = (report.peak_bytes - held) / (4 * ROWS * CHANNELS)
     expected = TILES[operator][0 if dtype == LOW else 1]
@@ -166,8 +169,12 @@ def test_tiles_that_live_at_once_are_counted(operator, dtype, monkeypatch):
 
 def test_tiles_of_a_card_are_its_own():
     rows = hollow_empty((1, 128**3, 64), LOW)
-    scratch = scratch_of("effseg::affine_act_linear", (rows,), None, CudaCard())
+    scratch = scratch_of("effseg::affine_act_linear", ([rows],), None, CudaCard())
     assert scratch == Scratch((tiles.TILE_BYTES["cuda"],) * 2, cublas=True)
+    halves = [rows[:, :, :32], rows[:, :, 32:]]
+    scratch = scratch_of("effseg::affine_act_linear", (halves,), None, CudaCard())
+    beside = tiles.TILE_BYTES["cuda"] // 2  # the segments' tile side by side, in their type
+    assert scratch == Scratch((*(tiles.TILE_BYTES["cuda"],) * 2, beside), cublas=True)
     few = scratch_of("effseg::moments", (rows[:, :100],), None, CudaCard())
     assert few == Scratch((100 * 64 * 4,) * 2)
     assert scratch_of("aten::add", (rows, rows), rows, CudaCard()) is None

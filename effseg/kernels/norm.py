@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from effseg.kernels.tiles import Tile, accumulator_dtype, each_strip, row_of, strips_of
+from effseg.kernels.tiles import Tile, accumulator_dtype, each_tile, row_of, strips_of
 
 
 @torch.library.custom_op("effseg::moments", mutates_args=())
@@ -21,23 +21,21 @@ def moments(rows: Tensor, over_batch: bool) -> tuple[Tensor, Tensor]:
         Two tensors (1 or batch, channels) in the accumulator's type.
     """
     dtype = accumulator_dtype(rows.dtype)
-    strips = strips_of([rows])
-    offsets, tiles = [0], [tile for strip in strips for tile in strip]
-    for strip in strips:
-        offsets.append(offsets[-1] + len(strip))
+    tiles = [tile for strip in strips_of([rows]) for tile in strip]
+    place_of = {(sample, voxels.start): i for i, (sample, voxels) in enumerate(tiles)}
     counts = torch.tensor([voxels.stop - voxels.start for _, voxels in tiles], dtype=dtype)
     counts = counts.to(rows.device).unsqueeze(1)
     means = rows.new_empty(len(tiles), rows.shape[2], dtype=dtype)
     spreads = torch.empty_like(means)
 
-    def work(index: int, strip: list[Tile]) -> None:
-        for place, tile in enumerate(strip, offsets[index]):
-            wide = rows[tile].to(dtype)
-            torch.mean(wide, 0, out=means[place])
-            away = wide - means[place]
-            torch.sum(away.mul_(away), 0, out=spreads[place])
+    def work(_: int, tile: Tile) -> None:
+        place = place_of[tile[0], tile[1].start]
+        wide = rows[tile].to(dtype)
+        torch.mean(wide, 0, out=means[place])
+        away = wide - means[place]
+        torch.sum(away.mul_(away), 0, out=spreads[place])
 
-    each_strip([rows], work)
+    each_tile([rows], work)
     groups = 1 if over_batch else rows.shape[0]
     shape = (groups, -1, rows.shape[2])
     means, spreads, counts = means.view(shape), spreads.view(shape), counts.view(groups, -1, 1)
@@ -64,15 +62,12 @@ def affine_combine(
     `deferred_terms`.
     """
 
-    def work(_: int, strip: list[Tile]) -> None:
-        for tile in strip:
-            target = gradient[tile]
-            wide = torch.addcmul(
-                row_of(offset, tile), rows[tile].to(factor.dtype), row_of(slope, tile)
-            )
-            target.copy_(wide.addcmul_(target.to(factor.dtype), row_of(factor, tile)))
+    def work(_: int, tile: Tile) -> None:
+        target = gradient[tile]
+        wide = torch.addcmul(row_of(offset, tile), rows[tile].to(factor.dtype), row_of(slope, tile))
+        target.copy_(wide.addcmul_(target.to(factor.dtype), row_of(factor, tile)))
 
-    each_strip([gradient], work)
+    each_tile([gradient], work)
 
 
 @affine_combine.register_fake

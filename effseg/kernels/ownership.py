@@ -9,7 +9,7 @@ whose gradient is known to be its own.
 """
 
 import sys
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import torch
 from torch import Tensor
@@ -41,11 +41,14 @@ def sole_holders(gradients: tuple[Tensor | None, ...]) -> list[bool]:
     """
     if torch.compiler.is_compiling():
         return [False] * len(gradients)
-    return [counts == _SOLE_HOLDERS for counts in _count_holders(gradients)]
+    return [counts in _SOLE_HOLDERS for counts in _count_holders(gradients)]
 
 
-def _count_holders(gradients: tuple[Tensor | None, ...]) -> list[tuple[int, int, int] | None]:
-    """How many hold each tensor in Python and in C++, and how many its memory."""
+_Counts: TypeAlias = tuple[int, int, int, int]
+
+
+def _count_holders(gradients: tuple[Tensor | None, ...]) -> list[_Counts | None]:
+    """How many hold each tensor in Python and in C++, its memory, and what it is a view of."""
     return [
         None
         if gradient is None
@@ -53,6 +56,7 @@ def _count_holders(gradients: tuple[Tensor | None, ...]) -> list[tuple[int, int,
             sys.getrefcount(gradient),
             gradient._use_count(),  # type: ignore[attr-defined]
             torch._C._storage_Use_Count(gradient.untyped_storage()._cdata),
+            0 if gradient._base is None else sys.getrefcount(gradient._base),
         )
         for gradient in gradients
     ]
@@ -61,7 +65,7 @@ def _count_holders(gradients: tuple[Tensor | None, ...]) -> list[tuple[int, int,
 class _Probe(torch.autograd.Function):
     """Counts the holders of a gradient that it alone holds."""
 
-    counts: tuple[int, int, int] | None
+    counts: _Counts | None
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -75,12 +79,15 @@ class _Probe(torch.autograd.Function):
         return gradients[0]
 
 
-def _count_sole_holders() -> tuple[int, int, int] | None:
+def _count_sole_holders() -> frozenset[_Counts | None]:
+    counts = []
     with torch.inference_mode(False), torch.enable_grad():
         x = torch.zeros(2, device="cpu", requires_grad=True)
-        # `square` makes a gradient of its own
-        _Probe.apply(x).square().sum().backward()  # type: ignore[no-untyped-call]
-    return _Probe.counts
+        for use in (torch.square, lambda y: y.view(2, 1).square()):  # a tensor, and a view of one
+            result = _Probe.apply(x)  # type: ignore[no-untyped-call]
+            use(result).sum().backward()
+            counts.append(_Probe.counts)
+    return frozenset(counts)
 
 
 _SOLE_HOLDERS: Final = _count_sole_holders()

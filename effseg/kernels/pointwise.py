@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from effseg.kernels.tiles import Tile, by_row, each_strip, row_of, strips_of
+from effseg.kernels.tiles import Tile, by_row, each_tile, row_of, strips_of
 
 
 @torch.library.custom_op("effseg::affine_act_linear", mutates_args=())
@@ -38,13 +38,16 @@ def affine_act_linear(
     out = segments[0].new_empty(n_samples, n_voxels, weight.shape[0])
     right = weight.t()
 
-    def work(_: int, strip: list[Tile]) -> None:
-        for tile in strip:
-            rows = _joined(segments, tile).to(scale.dtype)
-            wide = _activated(rows, row_of(scale, tile), row_of(shift, tile), slope)
-            torch.mm(wide.to(out.dtype), right, out=out[tile])
+    def work(_: int, tile: Tile) -> None:
+        wide = activated(
+            _joined(segments, tile).to(scale.dtype),
+            row_of(scale, tile),
+            row_of(shift, tile),
+            slope,
+        )
+        torch.mm(wide.to(out.dtype), right, out=out[tile])
 
-    each_strip(segments, work)
+    each_tile(segments, work)
     return out
 
 
@@ -86,23 +89,22 @@ def affine_act_linear_backward(
     weight_gradients = scale.new_zeros(n_strips, *weight.shape)
     sums = scale.new_zeros(2, n_strips, scale.shape[1])
 
-    def work(index: int, strip: list[Tile]) -> None:
-        for tile in strip:
-            given, factor = _joined(segments, tile).to(dtype), row_of(scale, tile)
-            wide = _activated(given, factor, row_of(shift, tile), slope)
-            side = gradient[tile]
-            weight_gradients[index].add_(torch.mm(side.t(), wide.to(weight.dtype)))
-            g = _slope_of(wide, slope, torch.mm(side, weight).to(dtype))
-            sums[0, index].add_(g.sum(0))
-            sums[1, index].add_(torch.mul(g, given, out=wide).sum(0))
-            g.mul_(factor)
-            start = 0
-            for segment in into:
-                target, stop = segment[tile], start + segment.shape[2]
-                target.add_(g[:, start:stop])
-                start = stop
+    def work(index: int, tile: Tile) -> None:
+        given, factor = _joined(segments, tile).to(dtype), row_of(scale, tile)
+        wide = activated(given, factor, row_of(shift, tile), slope)
+        side = gradient[tile]
+        weight_gradients[index].add_(torch.mm(side.t(), wide.to(weight.dtype)))
+        g = slope_of(wide, slope, torch.mm(side, weight).to(dtype))
+        sums[0, index].add_(g.sum(0))
+        sums[1, index].add_(torch.mul(g, given, out=wide).sum(0))
+        g.mul_(factor)
+        start = 0
+        for segment in into:
+            target, stop = segment[tile], start + segment.shape[2]
+            target.add_(g[:, start:stop])
+            start = stop
 
-    each_strip(segments, work)
+    each_tile(segments, work)
     return weight_gradients.sum(0), *by_row(sums, scale)
 
 
@@ -159,16 +161,15 @@ def activation_backward(
     dtype = scale.dtype
     sums = scale.new_zeros(2, len(strips_of([rows])), scale.shape[1])
 
-    def work(index: int, strip: list[Tile]) -> None:
-        for tile in strip:
-            given = rows[tile].to(dtype)
-            wide = _activated(given, row_of(scale, tile), row_of(shift, tile), slope)
-            g = _slope_of(wide, slope, gradient[tile].to(dtype))
-            gradient[tile] = g
-            sums[0, index].add_(g.sum(0))
-            sums[1, index].add_(torch.mul(g, given, out=wide).sum(0))
+    def work(index: int, tile: Tile) -> None:
+        given = rows[tile].to(dtype)
+        wide = activated(given, row_of(scale, tile), row_of(shift, tile), slope)
+        g = slope_of(wide, slope, gradient[tile].to(dtype))
+        gradient[tile] = g
+        sums[0, index].add_(g.sum(0))
+        sums[1, index].add_(torch.mul(g, given, out=wide).sum(0))
 
-    each_strip([rows], work)
+    each_tile([rows], work)
     return by_row(sums, scale)
 
 
@@ -187,25 +188,24 @@ def _joined(segments: Sequence[Tensor], tile: Tile) -> Tensor:
 
 
 def _write_activated(out: Tensor, rows: Tensor, scale: Tensor, shift: Tensor, slope: float) -> None:
-    def work(_: int, strip: list[Tile]) -> None:
-        for tile in strip:
-            given = rows[tile].to(scale.dtype)
-            out[tile] = _activated(given, row_of(scale, tile), row_of(shift, tile), slope)
+    def work(_: int, tile: Tile) -> None:
+        given = rows[tile].to(scale.dtype)
+        out[tile] = activated(given, row_of(scale, tile), row_of(shift, tile), slope)
 
-    each_strip([rows], work)
+    each_tile([rows], work)
 
 
-def _activated(tile: Tensor, scale: Tensor, shift: Tensor, slope: float) -> Tensor:
+def activated(tile: Tensor, scale: Tensor, shift: Tensor, slope: float) -> Tensor:
     """act(scale * tile + shift), a new tensor in the accumulator's type, as the tile is."""
     wide = torch.addcmul(shift, tile, scale)
     return wide.relu_() if slope == 0 else torch.nn.functional.leaky_relu_(wide, slope)
 
 
-def _slope_of(activated: Tensor, slope: float, gradient: Tensor) -> Tensor:
-    """The gradient before the activation, from its result."""
+def slope_of(after: Tensor, slope: float, gradient: Tensor) -> Tensor:
+    """The gradient before the activation, from what came after it."""
     result: Tensor
     if slope == 0:
-        result = torch.ops.aten.threshold_backward(gradient, activated, 0)
+        result = torch.ops.aten.threshold_backward(gradient, after, 0)
     else:
-        result = torch.ops.aten.leaky_relu_backward(gradient, activated, slope, True)
+        result = torch.ops.aten.leaky_relu_backward(gradient, after, slope, True)
     return result

@@ -45,16 +45,25 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def strips_of(segments: Sequence[Tensor]) -> list[list[Tile]]:
+def tile_length(n_channels: int, device: str) -> int:
+    """How many voxels of so many channels fill `TILE_BYTES` in float32 on this kind of device."""
+    budget = TILE_BYTES.get(device, TILE_BYTES["cuda"])
+    return max(256, budget // (4 * max(n_channels, 1)) // 256 * 256)
+
+
+def strips_of(segments: Sequence[Tensor], *, length: int | None = None) -> list[list[Tile]]:
     """The tiles of some features in runs, as many runs for each sample, sample by sample.
 
     Whoever sums over tiles keeps one sum a strip: how many there are depends on the features
     alone, so the numbers do not depend on the number of threads.
+
+    Args:
+        segments: each (batch, voxels, some of the channels).
+        length: voxels of a tile; None: `tile_length` of all channels.
     """
     n_samples, n_voxels, _ = segments[0].shape
     n_channels = sum(segment.shape[2] for segment in segments)
-    budget = TILE_BYTES.get(segments[0].device.type, TILE_BYTES["cuda"])
-    step = max(256, budget // (4 * max(n_channels, 1)) // 256 * 256)
+    step = length or tile_length(n_channels, segments[0].device.type)
     starts = range(0, n_voxels, step)
     n_strips = min(max(1, STRIPS // n_samples), len(starts))
     bounds = [len(starts) * i // n_strips for i in range(n_strips + 1)]
@@ -68,30 +77,32 @@ def strips_of(segments: Sequence[Tensor]) -> list[list[Tile]]:
     ]
 
 
-def each_strip(segments: Sequence[Tensor], work: Callable[[int, list[Tile]], None]) -> None:
-    """Call `work(index, tiles)` for every strip.
+def each_tile(
+    segments: Sequence[Tensor], work: Callable[[int, Tile], None], *, length: int | None = None
+) -> None:
+    """Call `work(index of the strip, tile)` for every tile of the strips that `strips_of` finds.
 
     On a CPU a strip is one thread's work from its first operator to its last. Left to torch, each
     of these short operators would be split over all threads and end in a barrier; where another
     process wants a core, ten thousand barriers a step cost a hundred times the arithmetic.
     """
-    strips = strips_of(segments)
+    strips = strips_of(segments, length=length)
     n_threads = 1
     if segments[0].device.type == "cpu":
         n_values = sum(segment.numel() for segment in segments)
-        n_threads = min(torch.get_num_threads(), len(strips), n_values // SHARE)
-    if n_threads <= 1:
-        for index, tiles in enumerate(strips):
-            work(index, tiles)
-        return
+        n_threads = max(1, min(torch.get_num_threads(), len(strips), n_values // SHARE))
 
     def share(first: int) -> None:
         with torch.no_grad():
             for index in range(first, len(strips), n_threads):
-                work(index, strips[index])
+                for tile in strips[index]:
+                    work(index, tile)
 
-    # `list` waits, and raises what a thread raised
-    list(_crew(torch.get_num_threads()).map(share, range(n_threads)))
+    if n_threads == 1:
+        share(0)
+    else:
+        # `list` waits, and raises what a thread raised
+        list(_crew(torch.get_num_threads()).map(share, range(n_threads)))
 
 
 @cache

@@ -1,10 +1,10 @@
-"""Losses: pure modules of logits and labels."""
+"""Losses: pure modules of logits, made or deferred, and labels."""
 
 from torch import nn
 
 from effseg.losses.deep_supervision import DeepSupervisionLoss
 from effseg.losses.dice_ce import DiceCELoss, check_classes
-from effseg.losses.sums import chunk_gradient, chunk_sums, class_sums, voxel_chunks
+from effseg.losses.sums import class_sums, voxel_chunks
 from effseg.plans import LossConfig
 
 
@@ -32,8 +32,6 @@ __all__ = [
     "DeepSupervisionLoss",
     "DiceCELoss",
     "build_loss",
-    "chunk_gradient",
-    "chunk_sums",
     "class_sums",
     "voxel_chunks",
 ]

@@ -6,6 +6,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from effseg.errors import GeometryError
+from effseg.kernels import DeferredLogits
 from effseg.losses.sums import Labels
 from effseg.types import Logits
 
@@ -18,14 +19,16 @@ class DeepSupervisionLoss(nn.Module):
     voxel from the first, as a strided convolution does: no label is ever mixed or invented.
 
     Args:
-        loss: of logits (N, C, *S) and labels (N, *S).
+        loss: of logits (N, C, *S), made or deferred, and labels (N, *S).
     """
 
     def __init__(self, loss: nn.Module) -> None:
         super().__init__()
         self.loss = loss
 
-    def forward(self, outputs: Sequence[Logits], labels: Labels) -> Float[Tensor, ""]:
+    def forward(
+        self, outputs: Sequence[Logits | DeferredLogits], labels: Labels
+    ) -> Float[Tensor, ""]:
         """The loss of a batch.
 
         Args:
@@ -47,7 +50,7 @@ class DeepSupervisionLoss(nn.Module):
         return total
 
 
-def _strided(labels: Tensor, logits: Tensor) -> Tensor:
+def _strided(labels: Tensor, logits: Tensor | DeferredLogits) -> Tensor:
     space, coarse = labels.shape[1:], logits.shape[2:]
     if len(space) != len(coarse) or any(
         b == 0 or a % b for a, b in zip(space, coarse, strict=True)

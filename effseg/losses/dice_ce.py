@@ -1,12 +1,14 @@
-"""Dice plus cross-entropy on logits, with an ignore label."""
+"""Dice plus cross-entropy on logits, made or deferred, with an ignore label."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from effseg.errors import DataError, GeometryError, PlanError
+from effseg.kernels import DeferredLogits
 from effseg.losses.sums import Labels, class_sums
 from effseg.types import Logits
 
@@ -17,8 +19,10 @@ class DiceCELoss(nn.Module):
     Dice of a class is (2 I + s) / (P + R + s) with intersection I, sum of probabilities P,
     reference voxels R and `dice_smooth` s (Milletari et al. 2016, V-Net, arXiv:1606.04797, without
     its squares), averaged over the classes, and over the samples unless `dice_over_batch`.
-    Cross-entropy is averaged over the voxels that are not ignored. Both are of this process's batch
-    alone.
+    Cross-entropy is averaged over the voxels that are not ignored; with `focal_gamma` g a voxel
+    counts (1 - p)^g of itself, p the probability of its label. Class weights multiply 1 - Dice of
+    each class, whose mean stays over their number, and voxels in the mean of the cross-entropy, as
+    in MONAI. Both terms are of this process's batch alone.
 
     Edge cases, all finite:
 
@@ -29,7 +33,7 @@ class DiceCELoss(nn.Module):
 
     A label that is neither a class nor ignored makes the loss NaN and its gradient 0: to refuse it
     by name would stop a GPU for each batch. Only logits and labels are kept for backward, whatever
-    their types; sums and gradient are float32 within autocast.
+    their types, or of deferred logits the features; sums and gradient are float32 within autocast.
 
     Args:
         dice_weight: at least 0.
@@ -38,10 +42,15 @@ class DiceCELoss(nn.Module):
         dice_over_batch: one Dice a class over the whole batch, not one a sample.
         dice_smooth: s above, in voxels, above 0.
         ignore_label: left out of loss and gradient.
+        weights: of each class, background first; at least 0, not all 0. None: 1 each.
+        focal_gamma: at least 0, which is plain cross-entropy.
 
     Raises:
-        PlanError: for weights that are negative, not finite or both 0.
+        PlanError: for weights that are negative, not finite or all 0, or a gamma that is negative
+            or not finite.
     """
+
+    weights: Tensor | None
 
     def __init__(
         self,
@@ -52,22 +61,31 @@ class DiceCELoss(nn.Module):
         dice_over_batch: bool = True,
         dice_smooth: float = 1e-5,
         ignore_label: int | None = None,
+        weights: Sequence[float] | None = None,
+        focal_gamma: float = 0.0,
     ) -> None:
         super().__init__()
-        total = dice_weight + cross_entropy_weight
-        if min(dice_weight, cross_entropy_weight) < 0 or not 0 < total < math.inf:
+        if not _weigh(dice_weight, cross_entropy_weight):
             raise PlanError(
                 f"loss weights: dice {dice_weight}, cross-entropy {cross_entropy_weight}; "
                 "expected none below 0 and one above"
             )
+        if weights is not None and not _weigh(*weights):
+            raise PlanError(f"class weights {tuple(weights)}; expected none below 0 and one above")
+        if not 0 <= focal_gamma < math.inf:
+            raise PlanError(f"focal_gamma {focal_gamma}; expected at least 0")
         self.dice_weight = dice_weight
         self.cross_entropy_weight = cross_entropy_weight
         self.dice_background = dice_background
         self.dice_over_batch = dice_over_batch
         self.dice_smooth = dice_smooth
         self.ignore_label = ignore_label
+        self.focal_gamma = focal_gamma
+        # moves with the module, and is no part of what a training learns
+        values = None if weights is None else torch.tensor(weights, dtype=torch.float64)
+        self.register_buffer("weights", values, persistent=False)
 
-    def forward(self, logits: Logits, labels: Labels) -> Float[Tensor, ""]:
+    def forward(self, logits: Logits | DeferredLogits, labels: Labels) -> Float[Tensor, ""]:
         """The loss of a batch.
 
         Args:
@@ -80,20 +98,31 @@ class DiceCELoss(nn.Module):
         Raises:
             GeometryError: if the shapes do not fit each other or hold no voxel.
             DataError: if the types are not floating and integer, or do not hold the ignore label.
-            PlanError: for a single channel, or an ignore label that is also a class.
+            PlanError: for a single channel, an ignore label that is also a class, or another number
+                of class weights than classes.
         """
         check_batch(logits, labels, ignore_label=self.ignore_label)
-        sums = class_sums(logits, labels, ignore_label=self.ignore_label)
-        n_known, log_likelihood = sums[:, 2].sum(), sums[:, 3].sum()
+        n_classes = logits.shape[1]
+        weights = self.weights
+        if weights is not None and len(weights) != n_classes:
+            raise PlanError(
+                f"{len(weights)} class weights for {n_classes} classes; expected as many"
+            )
+        sums = class_sums(
+            logits, labels, ignore_label=self.ignore_label, focal_gamma=self.focal_gamma
+        )
         if self.dice_over_batch:
             sums = sums.sum(0, keepdim=True)
-        intersection, predicted, reference, _ = sums[
-            ..., 0 if self.dice_background else 1 :
-        ].unbind(1)
+        intersection, predicted, reference, _, focal = sums.unbind(1)
         smooth = self.dice_smooth
-        dice = (2 * intersection + smooth) / (predicted + reference + smooth)
-        loss = self.dice_weight * (1 - dice.mean())
-        loss = loss - self.cross_entropy_weight * log_likelihood / n_known.clamp(min=1)
+        missed = 1 - (2 * intersection + smooth) / (predicted + reference + smooth)
+        n_known = n_weighed = reference.sum()
+        if weights is not None:
+            missed, focal = missed * weights, focal * weights
+            n_weighed = (reference * weights).sum()
+        loss = self.dice_weight * missed[:, 0 if self.dice_background else 1 :].mean()
+        mean_of = torch.where(n_weighed > 0, n_weighed, 1)
+        loss = loss - self.cross_entropy_weight * focal.sum() / mean_of
         n_expected: int | Tensor = labels.numel()
         if self.ignore_label is not None:
             n_expected = n_expected - (labels == self.ignore_label).sum()
@@ -105,25 +134,34 @@ class DiceCELoss(nn.Module):
         return (
             f"dice_weight={self.dice_weight}, cross_entropy_weight={self.cross_entropy_weight}, "
             f"dice_background={self.dice_background}, dice_over_batch={self.dice_over_batch}, "
-            f"dice_smooth={self.dice_smooth}, ignore_label={self.ignore_label}"
+            f"dice_smooth={self.dice_smooth}, ignore_label={self.ignore_label}, "
+            f"weights={None if self.weights is None else self.weights.tolist()}, "
+            f"focal_gamma={self.focal_gamma}"
         )
 
 
-def check_batch(logits: Tensor, labels: Tensor, *, ignore_label: int | None) -> None:
+def _weigh(*weights: float) -> bool:
+    """Whether weights are finite, none below 0 and one above."""
+    return min(weights, default=0) >= 0 and 0 < sum(weights) < math.inf
+
+
+def check_batch(
+    logits: Tensor | DeferredLogits, labels: Tensor, *, ignore_label: int | None
+) -> None:
     """Refuse logits and labels that cannot be a batch of this loss; reads no values, only shapes.
 
     Raises:
         GeometryError, DataError, PlanError: as `DiceCELoss.forward` says.
     """
     expected = (logits.shape[0], *logits.shape[2:])
-    if logits.ndim < 3 or labels.shape != expected:
+    if len(logits.shape) < 3 or labels.shape != expected:
         raise GeometryError(
             f"logits {tuple(logits.shape)} and labels {tuple(labels.shape)}; expected (N, C, *S) "
             f"and (N, *S), without a channel axis: labels[:, 0] takes one off"
         )
-    if logits.numel() == 0:
+    if math.prod(logits.shape) == 0:
         raise GeometryError(f"logits {tuple(logits.shape)} hold no voxel; expected at least one")
-    if not logits.is_floating_point():
+    if not logits.dtype.is_floating_point:
         raise DataError(f"logits are {logits.dtype}; expected a floating type, as a network gives")
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise DataError(f"labels are {labels.dtype}; expected integers: labels.to(torch.uint8)")

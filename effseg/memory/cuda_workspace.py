@@ -16,15 +16,13 @@ where such figures are set: `benchmarks/cuda_trace.py` compares them with a real
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
-from effseg.kernels.tiles import accumulator_dtype, tiles_of
+from effseg.kernels.tiles import accumulator_dtype, tile_length
 from effseg.memory.shapes import convolution_layout
 from effseg.plans import Config
 
@@ -47,8 +45,9 @@ CUBLAS_OPERATORS = {
 TILES: dict[str, tuple[int, int]] = {
     "effseg::moments": (2, 1),
     "effseg::affine_act_linear": (2, 1),
-    "effseg::affine_act_linear_backward": (5, 3),
+    "effseg::affine_act_linear_backward": (4, 3),
     "effseg::affine_act": (2, 1),
+    "effseg::affine_act_": (2, 1),
     "effseg::activation_backward": (4, 2),
     "effseg::affine_combine": (2, 1),
 }
@@ -145,11 +144,14 @@ def scratch_of(name: str, args: Sequence[Any], result: Any, card: CudaCard) -> S
         return _convolution(gradient, inputs, weight, args[4:10], (gradient, inputs, weight), card)
     cublas = name in CUBLAS_OPERATORS
     if name in TILES:
-        rows = args[0]
+        segments = [args[0]] if isinstance(args[0], Tensor) else args[0]
+        rows, n_channels = segments[0], sum(segment.shape[2] for segment in segments)
         n_tiles = TILES[name][0 if rows.dtype in HALF else 1]
-        n_rows = _rows_of_tile(rows.shape[1], rows.shape[2])
-        tile = n_rows * rows.shape[2] * accumulator_dtype(rows.dtype).itemsize
-        return Scratch((tile,) * n_tiles, cublas)
+        values = min(rows.shape[1], tile_length(n_channels, "cuda")) * n_channels
+        joined = (values * rows.element_size(),) if len(segments) > 1 else ()
+        return Scratch(
+            (values * accumulator_dtype(rows.dtype).itemsize,) * n_tiles + joined, cublas
+        )
     return Scratch(cublas=True) if cublas else None
 
 
@@ -207,13 +209,3 @@ def _bytes_channels_padded(tensor: Tensor) -> int:
     """With channels filled up to 16 bytes, as tensor-core kernels ask (cuDNN developer guide)."""
     n_channels = tensor.shape[1]
     return tensor.numel() // n_channels * (-(-n_channels * tensor.element_size() // 16) * 16)
-
-
-@cache
-def _rows_of_tile(n_voxels: int, n_channels: int) -> int:
-    """How many voxels a tile has on a device that is not the CPU."""
-    with _disable_current_modes():
-        rows = torch.empty((1, n_voxels, n_channels), device="meta")
-        _, voxels = tiles_of(rows)[0]
-    n_rows: int = voxels.stop - voxels.start
-    return n_rows

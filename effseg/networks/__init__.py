@@ -2,6 +2,14 @@
 
 from effseg.networks.dense_block import DenseBlock
 from effseg.networks.dense_unet import DenseUNet, build_network
+from effseg.networks.head import defer_logits
 from effseg.networks.pointwise import MemoryMode, NormActConv
 
-__all__ = ["DenseBlock", "DenseUNet", "MemoryMode", "NormActConv", "build_network"]
+__all__ = [
+    "DenseBlock",
+    "DenseUNet",
+    "MemoryMode",
+    "NormActConv",
+    "build_network",
+    "defer_logits",
+]

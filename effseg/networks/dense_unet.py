@@ -6,13 +6,20 @@ and the one over the coarse features runs at their own resolution, before upsamp
 Dense blocks in a U-Net: Jegou et al., "The one hundred layers tiramisu", 2017.
 """
 
+from collections.abc import Callable
+from typing import TypeVar
+
 from torch import Tensor, nn
 
 from effseg.errors import GeometryError
+from effseg.kernels import DeferredLogits
 from effseg.networks.dense_block import DenseBlock
+from effseg.networks.head import defer_logits
 from effseg.networks.pointwise import NormActConv
 from effseg.plans import NetworkConfig
 from effseg.types import Features, Logits, Shape3
+
+Answer = TypeVar("Answer")
 
 
 class Down(nn.Module):
@@ -126,6 +133,25 @@ class DenseUNet(nn.Module):
 
     def forward(self, image: Features) -> Logits | list[Tensor]:
         """Label each voxel of a batch of patches."""
+        return self._answer(image, lambda head, features: head(features))
+
+    def for_loss(
+        self, image: Features
+    ) -> Logits | list[Tensor] | DeferredLogits | list[DeferredLogits]:
+        """What a loss reads in training: as `forward`, but deferred with "shared" memory.
+
+        The loss then makes the logits itself, a tile at a time: they never exist in full.
+        """
+        if self.config.memory == "shared":
+            deferred: DeferredLogits | list[DeferredLogits] = self._answer(image, defer_logits)
+            return deferred
+        logits: Logits | list[Tensor] = self(image)
+        return logits
+
+    def _answer(
+        self, image: Tensor, answer: Callable[[NormActConv, Tensor], Answer]
+    ) -> Answer | list[Answer]:
+        """Run all below the heads, and answer for each head and its features."""
         self._check(image)
         features = self.stem(image)
         skips: list[Tensor] = []
@@ -133,14 +159,19 @@ class DenseUNet(nn.Module):
             features = block(features if i == 0 else self.down[i - 1](features))
             skips.append(features)
         supervise = self.config.deep_supervision and self.training
-        logits: list[Tensor] = []
+        answers: list[Answer] = []
         skips.pop()
         for i, (up, block) in enumerate(zip(self.up, self.decoder, strict=True)):
             features = block(up(features, skips.pop()))
             if supervise and i + 1 < len(self.decoder):
-                logits.append(self.heads[i](features))
-        logits.append(self.heads[-1](features))
-        return logits[::-1] if supervise else logits[0]
+                answers.append(answer(self._head(i), features))
+        answers.append(answer(self._head(-1), features))
+        return answers[::-1] if supervise else answers[0]
+
+    def _head(self, index: int) -> NormActConv:
+        head = self.heads[index]
+        assert isinstance(head, NormActConv)
+        return head
 
     def _check(self, image: Tensor) -> None:
         stride = self.config.total_stride

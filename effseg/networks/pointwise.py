@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from effseg.kernels import refuse_second_derivative
 from effseg.kernels.norm import affine_combine, deferred_terms
 from effseg.kernels.pointwise import affine_act_linear, affine_act_linear_backward
 from effseg.kernels.tiles import accumulator_dtype, contiguous_rows, from_rows, to_rows
@@ -98,17 +99,8 @@ class FrozenStatistics:
         self.before.clear()
 
 
-def refuse_second_derivative() -> None:
-    """Raise in a backward that is itself to be differentiated.
-
-    torch's `once_differentiable` stays silent where the incoming gradient is a constant, and the
-    second derivative would be wrong.
-    """
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            'memory="shared" has no second derivative (create_graph=True); build the network with '
-            'memory="plain" for it'
-        )
+SECOND_DERIVATIVE = ('memory="shared"', 'build the network with memory="plain"')
+"""What has none, and the way to one."""
 
 
 class _SharedNormActConv(torch.autograd.Function):
@@ -138,7 +130,7 @@ class _SharedNormActConv(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_second_derivative()
+        refuse_second_derivative(*SECOND_DERIVATIVE)
         gain, bias, weight, mean, rstd, *segments = ctx.saved_tensors
         state = NormState(mean, rstd, ctx.n_values)
         rows = [to_rows(segment) for segment in segments]
@@ -228,7 +220,7 @@ class NormActConv(nn.Module):
     def _shared(self, segments: tuple[Tensor, ...]) -> Tensor:
         dtype = compute_dtype(segments[0])
         segments = tuple(contiguous_rows(segment, dtype) for segment in segments)
-        state = self._state(segments, accumulator_dtype(dtype))
+        state = self.state(segments)
         result: Tensor = _SharedNormActConv.apply(  # type: ignore[no-untyped-call]
             state, self.slope, self.norm.weight, self.norm.bias, self.conv.weight, *segments
         )
@@ -237,10 +229,10 @@ class NormActConv(nn.Module):
         return result
 
     @torch.no_grad()
-    def _state(self, segments: tuple[Tensor, ...], wide: torch.dtype) -> NormState:
-        """What the norm does in this step; moves its running statistics."""
+    def state(self, segments: Sequence[Tensor]) -> NormState:
+        """The norm's state for features in the type to compute in; running statistics move."""
         if fixed_statistics(self.norm):
-            return running_state(self.norm, wide)
+            return running_state(self.norm, accumulator_dtype(segments[0].dtype))
         measured = [
             measured_state(to_rows(segment), over_batch=self.over_batch, eps=self.norm.eps)
             for segment in segments

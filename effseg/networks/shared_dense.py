@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
+from effseg.kernels import refuse_second_derivative
 from effseg.kernels.norm import affine_combine, deferred_terms
 from effseg.kernels.ownership import sole_holders, writable
 from effseg.kernels.pointwise import (
@@ -30,7 +31,7 @@ from effseg.kernels.pointwise import (
 )
 from effseg.kernels.tiles import CHANNELS_LAST, accumulator_dtype, from_rows, to_rows
 from effseg.networks.norm import NormState, measured_state
-from effseg.networks.pointwise import refuse_second_derivative
+from effseg.networks.pointwise import SECOND_DERIVATIVE
 
 
 class LayerTensors(NamedTuple):
@@ -230,7 +231,7 @@ class _SharedDense(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *given: Tensor | None) -> tuple[Any, ...]:
         sole = sole_holders(given)
-        refuse_second_derivative()
+        refuse_second_derivative(*SECOND_DERIVATIVE)
         step: Step = ctx.step
         n, k = step.n_layers, step.growth_rate
         own, mean, rstd, *rest = ctx.saved_tensors

@@ -5,15 +5,17 @@ from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch.optim import AdamW
 
 from effseg.devices import AUTOCAST, DeviceKind, Precision
 from effseg.errors import MemoryBudgetError
 from effseg.losses import DeepSupervisionLoss, build_loss
 from effseg.memory import MemoryReport, trace_peak
-from effseg.networks import MemoryMode, build_network
+from effseg.networks import DenseUNet, MemoryMode, build_network
 from effseg.planner.geometry import Stages, shrinking_patches
 from effseg.plans import LossConfig, NetworkConfig, format_bytes, format_shape
 from effseg.types import Shape3, Spacing
@@ -79,7 +81,7 @@ class Question:
         with torch.device("meta"):
             network = build_network(config)
         report = trace_peak(
-            network,
+            _ForLoss(network),
             (batch, config.in_channels, *patch),
             loss=DeepSupervisionLoss(loss) if config.deep_supervision else loss,
             label_shape=(batch, *patch),
@@ -95,6 +97,18 @@ class Question:
         else:
             peak = round(tensors * HOST_SLACK) + HOST_RESERVE_BYTES
         return Step(patch=patch, batch=batch, network=config, report=report, peak_bytes=peak)
+
+
+class _ForLoss(nn.Module):
+    """The network as a step of training runs it."""
+
+    def __init__(self, network: DenseUNet) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, image: Tensor) -> Any:
+        """What the loss reads."""
+        return self.network.for_loss(image)
 
 
 @dataclass(frozen=True)

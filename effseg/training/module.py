@@ -81,7 +81,7 @@ class SegmentationModule(pl.LightningModule):  # type: ignore[misc]  # Lightning
         """The loss of one batch."""
         del batch_idx
         image, label = batch
-        loss: Tensor = self.training_loss(self.network(image), label)
+        loss: Tensor = self.training_loss(self.network.for_loss(image), label)
         if not bool(torch.isfinite(loss)):
             raise DataError(
                 f"the loss became {float(loss.detach())} in step {self.global_step}; the best "
