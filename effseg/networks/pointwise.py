@@ -6,17 +6,16 @@ concatenated; they are never copied together.
 """
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from effseg.kernels import refuse_second_derivative
 from effseg.kernels.norm import affine_combine, deferred_terms
 from effseg.kernels.pointwise import affine_act_linear, affine_act_linear_backward
 from effseg.kernels.tiles import accumulator_dtype, contiguous_rows, from_rows, to_rows
+from effseg.memory.recompute import recompute
 from effseg.networks.norm import (
     Norm,
     NormState,
@@ -31,7 +30,6 @@ from effseg.types import Features
 Act = Literal["relu", "leaky_relu"]
 MemoryMode = Literal["shared", "checkpoint", "plain"]
 
-TRACKING = (nn.BatchNorm2d, nn.BatchNorm3d)
 CONVS: dict[int, type[nn.Conv2d | nn.Conv3d]] = {2: nn.Conv2d, 3: nn.Conv3d}
 SLOPES: dict[str, float] = {"relu": 0.0, "leaky_relu": 0.01}
 
@@ -64,39 +62,11 @@ def concatenated(segments: Sequence[Tensor]) -> Tensor:
 
 
 def checkpointed(module: nn.Module, features: Tensor) -> Tensor:
-    """Run a module and recompute it in backward; running statistics are updated once.
-
-    torch's own checkpoint updates batch norm's statistics a second time when it recomputes.
-    """
-    norms = [part for part in module.modules() if isinstance(part, TRACKING)]
-    result: Tensor = checkpoint(
-        module.plain_forward,
-        features,
-        use_reentrant=False,
-        context_fn=lambda: (nullcontext(), FrozenStatistics(norms)),
-    )
+    """Run a module's plain forward and recompute it in backward."""
+    forward = module.plain_forward
+    assert callable(forward)
+    result: Tensor = recompute(module, forward, features)
     return result
-
-
-class FrozenStatistics:
-    """A context in which batch norms compute as before but leave their running statistics alone."""
-
-    def __init__(self, norms: list[nn.BatchNorm2d | nn.BatchNorm3d]) -> None:
-        self.norms = norms
-        self.before: list[tuple[float | None, Tensor]] = []
-
-    def __enter__(self) -> None:
-        for norm in self.norms:
-            assert norm.num_batches_tracked is not None
-            self.before.append((norm.momentum, norm.num_batches_tracked.clone()))
-            norm.momentum = 0.0
-
-    def __exit__(self, *_: object) -> None:
-        for norm, (momentum, count) in zip(self.norms, self.before, strict=True):
-            assert norm.num_batches_tracked is not None
-            norm.momentum = momentum
-            norm.num_batches_tracked.copy_(count)
-        self.before.clear()
 
 
 SECOND_DERIVATIVE = ('memory="shared"', 'build the network with memory="plain"')
