@@ -2,10 +2,12 @@
 
 `measure_peak` runs a function, `trace_peak` predicts a training step of any module. Both count
 tensors with the same tracker. `resident_bytes` and its like ask the operating system.
+`apply_policy` makes a training step of any network take less.
 """
 
 from effseg.memory.cuda_workspace import CudaCard
 from effseg.memory.measure import measure_peak
+from effseg.memory.policy import Policy, apply_policy, choose_policy, remove_policy
 from effseg.memory.report import MemoryEvent, MemoryReport
 from effseg.memory.resident import PeakResident, peak_resident_bytes, resident_bytes
 from effseg.memory.trace import trace_forward, trace_peak
@@ -15,8 +17,12 @@ __all__ = [
     "MemoryEvent",
     "MemoryReport",
     "PeakResident",
+    "Policy",
+    "apply_policy",
+    "choose_policy",
     "measure_peak",
     "peak_resident_bytes",
+    "remove_policy",
     "resident_bytes",
     "trace_forward",
     "trace_peak",
