@@ -4,6 +4,7 @@ from itertools import product
 
 import pytest
 import torch
+from monai.networks.nets.densenet import _DenseBlock as MonaiBlock
 from torch import Tensor, nn
 
 from effseg.kernels.ownership import sole_holders
@@ -24,9 +25,15 @@ def pair(build) -> tuple[nn.Module, nn.Module]:
 
 def gradients(module: nn.Module, inputs: list[Tensor], read) -> list[Tensor]:
     """Result and all gradients; `read` makes one tensor of what the module returns."""
+    return run_for_gradients(module, module, inputs, read)
+
+
+def run_for_gradients(module: nn.Module, run, inputs: list[Tensor], read) -> list[Tensor]:
+    """The same of `run`, which computes with the module's parameters."""
     torch.manual_seed(3)
+    module.zero_grad()
     inputs = [x.clone().requires_grad_() for x in inputs]
-    y = read(module(inputs))
+    y = read(run(inputs))
     (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)).sum().backward()
     of_parameters = [parameter.grad for parameter in module.parameters()]
     return [y.detach(), *(x.grad for x in inputs), *of_parameters]
@@ -65,6 +72,65 @@ def test_a_layer_between_blocks_reads_segments_as_if_concatenated(norm) -> None:
     given = gradients(shared, inputs, lambda y: y)
     expected = gradients(plain, inputs, lambda y: y)
     torch.testing.assert_close(given, expected, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("memory", ["shared", "checkpoint", "plain"])
+@pytest.mark.parametrize("dims", [2, 3])
+def test_a_block_takes_the_weights_of_monais(dims, memory) -> None:
+    theirs = MonaiBlock(dims, 3, 5, 2, 4, 0.0, act="relu", norm="batch")
+    ours = DenseBlock(5, 4, 3, bottleneck=2, memory=memory, spatial_dims=dims)
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 5, *(6, 7, 8)[:dims])
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-5)
+    renamed = {
+        f"denselayer{i}.layers.{name}": value
+        for i in (1, 2, 3)
+        for name, value in ours.get_submodule(f"denselayer{i}").state_dict().items()
+    }
+    theirs.load_state_dict(renamed)
+    theirs.eval()
+    ours.eval()
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-5)
+
+
+# torch's own compiler instantiates the function that it warns against instantiating
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("norm", ["batch", "instance"])
+@pytest.mark.parametrize("parts", [(6,), (4, 2)])
+def test_compiles_without_a_break(norm, parts) -> None:
+    block = DenseBlock(6, 4, 2, norm=norm, dropout=0.0)
+    inputs = [torch.randn(2, n, 5, 6, 7) for n in parts]
+
+    def read(segments: Tensor | tuple[Tensor, ...]) -> Tensor:
+        return segments if isinstance(segments, Tensor) else joined(segments)
+
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    as_given = (lambda f: lambda x: f(x[0])) if len(parts) == 1 else (lambda f: f)
+    expected = run_for_gradients(block, as_given(block), inputs, read)
+    given = run_for_gradients(block, as_given(compiled), inputs, read)
+    torch.testing.assert_close(given, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_errs_no_more_than_torchs_own(dtype) -> None:
+    torch.manual_seed(0)
+    plain = DenseBlock(8, 8, 3, norm="instance", memory="plain")
+    shared = DenseBlock(8, 8, 3, norm="instance")
+    shared.load_state_dict(plain.state_dict())
+    x = torch.randn(2, 8, 12, 12, 12)
+
+    def run(block: nn.Module) -> list[Tensor]:
+        return run_for_gradients(block, lambda x: block(x[0]), [x], lambda y: y)
+
+    expected = run(plain)
+    with torch.autocast("cpu", dtype=dtype):
+        by_torch, by_us = run(plain), run(shared)
+    assert by_us[0].dtype == dtype
+    ratios = [
+        (got.float() - want).norm() / (other.float() - want).norm()
+        for got, other, want in zip(by_us, by_torch, expected, strict=True)
+    ]
+    assert sum(ratios) / len(ratios) < 1.25
 
 
 def test_segments_are_handed_on_and_not_copied() -> None:

@@ -6,7 +6,7 @@ of their cheap parts: Pleiss et al., "Memory-efficient implementation of DenseNe
 """
 
 from collections.abc import Sequence
-from typing import overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -65,10 +65,11 @@ class DenseLayer(nn.Module):
         )
         self.slope = SLOPES[act]
         self.dropout = dropout
+        self.register_load_state_dict_pre_hook(_read_monai_names)  # type: ignore[no-untyped-call]
 
-    def plain_forward(self, features: Tensor) -> Tensor:
-        """The layer in torch's own operators."""
-        middle = self.conv1(activate(self.norm1(features), self.slope))
+    def plain_forward(self, *segments: Tensor) -> Tensor:
+        """The layer in torch's own operators, concatenation included."""
+        middle = self.conv1(activate(self.norm1(concatenated(segments)), self.slope))
         new: Tensor = self.conv2(activate(self.norm2(middle), self.slope))
         mask = self.dropout_mask(new, new.dtype)
         return new if mask is None else new * mask.view(*mask.shape, *(1,) * (new.ndim - 2))
@@ -94,12 +95,20 @@ class DenseLayer(nn.Module):
         )
 
 
+def _read_monai_names(_: nn.Module, state: dict[str, Any], prefix: str, *__: Any) -> None:
+    """MONAI puts what a layer holds one level deeper."""
+    deeper = f"{prefix}layers."
+    for name in [name for name in state if name.startswith(deeper)]:
+        state[prefix + name.removeprefix(deeper)] = state.pop(name)
+
+
 class DenseBlock(nn.Module):
     """A dense block: each layer reads every feature before it and adds `growth_rate` new ones.
 
     Forward: (N, in_channels, *S) -> (N, in_channels + n_layers * growth_rate, *S), the input's
     channels first. Layer i holds norm1, conv1 (1x1), norm2, conv2 under `denselayer{i}`, from 1,
-    as torchvision's and MONAI's DenseNet do.
+    as torchvision's DenseNet does; the state dict of MONAI's DenseNet blocks, which hold them under
+    `denselayer{i}.layers`, loads too.
 
     Args:
         in_channels: channels of the input, at least 1.
@@ -187,13 +196,13 @@ class DenseBlock(nn.Module):
             if isinstance(features, Tensor):
                 return self._shared((features,), joined=True)[0]
             return self._shared(segments_of(features), joined=False)
-        whole = concatenated(segments_of(features))
+        segments = list(segments_of(features))
         for layer in self.layers():
             if self.memory == "checkpoint" and torch.is_grad_enabled():
-                new = checkpointed(layer, whole)
+                segments.append(checkpointed(layer, *segments))
             else:
-                new = layer.plain_forward(whole)
-            whole = torch.cat((whole.to(new.dtype), new), dim=1)
+                segments.append(layer.plain_forward(*segments))
+        whole = concatenated(segments)
         return whole if isinstance(features, Tensor) else (whole,)
 
     def layers(self) -> list[DenseLayer]:

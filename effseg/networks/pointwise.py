@@ -61,11 +61,11 @@ def concatenated(segments: Sequence[Tensor]) -> Tensor:
     return torch.cat([segment.to(segments[-1].dtype) for segment in segments], dim=1)
 
 
-def checkpointed(module: nn.Module, features: Tensor) -> Tensor:
+def checkpointed(module: nn.Module, *segments: Tensor) -> Tensor:
     """Run a module's plain forward and recompute it in backward."""
     forward = module.plain_forward
     assert callable(forward)
-    result: Tensor = recompute(module, forward, features)
+    result: Tensor = recompute(module, forward, *segments)
     return result
 
 
@@ -177,14 +177,13 @@ class NormActConv(nn.Module):
         segments = segments_of(features)
         if self.memory == "shared":
             return self._shared(segments)
-        whole = concatenated(segments)
         if self.memory == "checkpoint" and torch.is_grad_enabled():
-            return checkpointed(self, whole)
-        return self.plain_forward(whole)
+            return checkpointed(self, *segments)
+        return self.plain_forward(*segments)
 
-    def plain_forward(self, features: Tensor) -> Tensor:
-        """The layer in torch's own operators."""
-        result: Tensor = self.conv(activate(self.norm(features), self.slope))
+    def plain_forward(self, *segments: Tensor) -> Tensor:
+        """The layer in torch's own operators, concatenation included."""
+        result: Tensor = self.conv(activate(self.norm(concatenated(segments)), self.slope))
         return result
 
     def _shared(self, segments: tuple[Tensor, ...]) -> Tensor:

@@ -30,8 +30,6 @@ HOST_RESERVE_BYTES = 144 * 2**20
 """Of a CPU's budget, for what is no tensor: threads' buffers, the convolutions' own workspace."""
 HOST_SLACK = 1.1
 """Resident memory over tensor bytes: freed memory that the allocator keeps."""
-DEVICE_RESERVE_BYTES = 600 * 2**20
-"""Of a GPU's budget, for the CUDA context and cuDNN's workspace."""
 
 
 @dataclass(frozen=True)
@@ -91,10 +89,10 @@ class Question:
             device=self.device,
         )
         # the averaged weights stand beside the network's own
-        tensors = report.peak_bytes + report.parameter_bytes
-        if self.device == "cuda":
-            peak = tensors + DEVICE_RESERVE_BYTES
+        if report.device_bytes is not None:
+            peak = report.device_bytes + report.parameter_bytes
         else:
+            tensors = report.peak_bytes + report.parameter_bytes
             peak = round(tensors * HOST_SLACK) + HOST_RESERVE_BYTES
         return Step(patch=patch, batch=batch, network=config, report=report, peak_bytes=peak)
 
