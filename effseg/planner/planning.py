@@ -46,6 +46,11 @@ the rest (nnU-Net's share)."""
 LESION_SMOOTH = 10.0
 SMALL_SHARE = 0.01
 """Small components may be noise while less of a label's volume than this lies in them."""
+VARIED = 8.0
+"""Ratio of a label's large components to its small ones (percentiles 95 and 5) from which on a Dice
+over the batch would hear the large ones alone."""
+LOCAL_SHARE = 0.02
+"""A single label of less of the voxels is told by what is around it, not by its place in a body."""
 
 
 def plan(
@@ -190,12 +195,17 @@ def normalisation(channel: ChannelFacts) -> Normalisation:
 
 def choose_loss(facts: Fingerprint) -> tuple[LossConfig, str]:
     """How Dice is counted, and why."""
-    if not _has_lesions(facts):
+    varied = max(label.component_mm3[5] / label.component_mm3[1] for label in facts.labels)
+    if _has_lesions(facts):
+        why = "small components are part of the truth"
+    elif varied >= VARIED:
+        why = f"large components are {varied:.0f} times as large as small ones"
+    else:
         return LossConfig(), "Dice over the whole batch, and cross-entropy"
     return LossConfig(dice_over_batch=False, dice_smooth=LESION_SMOOTH), (
-        "cross-entropy, and Dice for each sample, so that a small component weighs as much as a "
-        f"large one, with {LESION_SMOOTH:g} voxels added, so that false ones cost where there is "
-        "nothing to find"
+        f"cross-entropy, and Dice for each sample, so that a small component weighs as much as a "
+        f"large one: {why}; {LESION_SMOOTH:g} voxels are added, so that false ones cost where "
+        "there is nothing to find"
     )
 
 
@@ -209,6 +219,11 @@ def choose_flips(facts: Fingerprint) -> tuple[tuple[Literal["z", "y", "x"], ...]
     sided = [label.name for label in facts.labels if SIDED.search(label.name.lower())]
     if sided:
         return (), f"no flips: {sided[0]} tells the patient's left from right"
+    if len(facts.labels) == 1 and facts.labels[0].voxel_share < LOCAL_SHARE:
+        return ("z", "y", "x"), (
+            f"flips along every axis: {facts.labels[0].name} is one label of "
+            f"{facts.labels[0].voxel_share:.1%} of the voxels, told by what is around it"
+        )
     return ("x",), (
         "flips from left to right, where bodies are nearly mirror images; head to foot and front "
         "to back they are not"
