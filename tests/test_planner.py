@@ -161,3 +161,35 @@ def test_on_a_cpu_a_step_stays_short(facts: Fingerprint) -> None:
     on_cpu = plan(larger, memory="4GiB", device="cpu")
     on_card = plan(larger, memory="4GiB", device="cuda")
     assert np.prod(on_cpu.patch_size) <= 2**16 < np.prod(on_card.patch_size)
+
+
+def test_on_a_cpu_a_whole_case_may_take_half_a_step(facts: Fingerprint) -> None:
+    cube = of_spacings(facts, [(1.0, 1.0, 1.0)] * 2, [(50, 50, 50)] * 2)
+    made = plan(cube, memory="4GiB", device="cpu")
+    assert made.patch_size == (48, 48, 48)
+    assert made.batch_size == 2
+    assert "262,144 voxels in all" in made.reasons["batch_size"]
+
+
+@pytest.mark.parametrize(
+    ("share", "n_labels", "axes"),
+    [(0.01, 1, ("z", "y", "x")), (0.05, 1, ("x",)), (0.01, 2, ("x",))],
+)
+def test_a_small_target_is_flipped_along_every_axis(facts, share, n_labels, axes) -> None:
+    labels = tuple(
+        facts.labels[0].model_copy(update={"name": name, "value": value, "voxel_share": share})
+        for value, name in enumerate(("nodule", "vessel")[:n_labels], 1)
+    )
+    made = plan(facts.model_copy(update={"labels": labels}), memory="1GiB", device="cpu")
+    assert made.training.augment.flip_axes == axes
+
+
+def test_dice_is_of_each_sample_where_sizes_vary(facts: Fingerprint) -> None:
+    sizes = (90.0, 100.0, 300.0, 500.0, 700.0, 900.0, 1000.0)
+    varied = facts.labels[0].model_copy(update={"component_mm3": sizes, "small_share": 0.0})
+    even = varied.model_copy(update={"component_mm3": (90.0, 150.0, *sizes[2:])})
+    by_sample = plan(facts.model_copy(update={"labels": (varied,)}), memory="1GiB", device="cpu")
+    by_batch = plan(facts.model_copy(update={"labels": (even,)}), memory="1GiB", device="cpu")
+    assert not by_sample.training.loss.dice_over_batch
+    assert "9 times as large" in by_sample.reasons["loss"]
+    assert by_batch.training.loss.dice_over_batch

@@ -11,7 +11,7 @@ from effseg.networks import MemoryMode
 from effseg.planner.facts import Progress, fingerprint
 from effseg.planner.geometry import Stages, median_shape, target_spacing
 from effseg.planner.machine import choose_device, choose_precision
-from effseg.planner.search import CPU_PATCH_VOXELS, Answer, Question, search
+from effseg.planner.search import CPU_PATCH_VOXELS, CPU_STEP_VOXELS, Answer, Question, search
 from effseg.plans import (
     AugmentConfig,
     Channel,
@@ -114,7 +114,7 @@ def plan(
         "precision": why_precision,
         "spacing": why_spacing,
         "patch_size": _why_patch(answer, median, budget),
-        "batch_size": _why_batch(answer, budget),
+        "batch_size": _why_batch(answer, budget, device),
         "network": _why_network(step.network),
         "memory": (
             f"{format_bytes(step.peak_bytes)} of {format_bytes(budget)}: "
@@ -261,11 +261,13 @@ def _why_patch(answer: Answer, median: tuple[int, int, int], budget: int) -> str
     )
 
 
-def _why_batch(answer: Answer, budget: int) -> str:
+def _why_batch(answer: Answer, budget: int, device: str) -> str:
     step = answer.step
+    short = device == "cpu" and step.batch == CPU_STEP_VOXELS // math.prod(step.patch)
     return (
-        f"at least 2, at most 4, after the patch; {step.batch} samples take "
-        f"{format_bytes(step.peak_bytes)} of {format_bytes(budget)}"
+        "at least 2, at most 4, after the patch"
+        + (f" and {CPU_STEP_VOXELS:,} voxels in all on a CPU" if short else "")
+        + f"; {step.batch} samples take {format_bytes(step.peak_bytes)} of {format_bytes(budget)}"
     )
 
 

@@ -23,9 +23,12 @@ from effseg.types import Shape3, Spacing
 SMALLEST_BATCH = 2
 LARGEST_BATCH = 4
 """Past it, more steps teach more than larger batches."""
-CPU_PATCH_VOXELS = 2**16
-"""Four such patches are a step of about half a second on two cores. Larger ones would fit most
-budgets, and leave a training of minutes with a handful of steps."""
+CPU_STEP_VOXELS = 2**18
+"""Of all samples of a step: about half a second on two cores. Larger steps would fit most budgets,
+and leave a training of minutes with a handful of them."""
+CPU_PATCH_VOXELS = CPU_STEP_VOXELS // LARGEST_BATCH
+"""Of a patch that is part of a case. One that is a whole case may take as much as the smallest
+batch of them allows: where something lies in the case is then there to be learnt."""
 HOST_RESERVE_BYTES = 144 * 2**20
 """Of a CPU's budget, for what is no tensor: threads' buffers, the convolutions' own workspace."""
 HOST_SLACK = 1.1
@@ -64,10 +67,16 @@ class Question:
     precision: Precision
     device: DeviceKind
 
-    @property
-    def most_voxels(self) -> float:
-        """Of one patch."""
-        return math.inf if self.device == "cuda" else CPU_PATCH_VOXELS
+    def is_quick(self, patch: Shape3, *, whole: bool) -> bool:
+        """Whether steps on a patch are short enough; `whole`: it is the median case."""
+        most = CPU_STEP_VOXELS // SMALLEST_BATCH if whole else CPU_PATCH_VOXELS
+        return self.device == "cuda" or math.prod(patch) <= most
+
+    def most_samples(self, patch: Shape3) -> int:
+        """Of a batch."""
+        if self.device == "cuda":
+            return LARGEST_BATCH
+        return min(LARGEST_BATCH, CPU_STEP_VOXELS // math.prod(patch))
 
     def step(self, patch: Shape3, stages: Stages, batch: int, memory: MemoryMode) -> Step:
         """Trace one candidate; nothing is allocated."""
@@ -134,8 +143,8 @@ def search(question: Question) -> Answer:
     """
     candidates = [
         (patch, stages)
-        for patch, stages in shrinking_patches(question.median, question.spacing)
-        if math.prod(patch) <= question.most_voxels
+        for i, (patch, stages) in enumerate(shrinking_patches(question.median, question.spacing))
+        if question.is_quick(patch, whole=i == 0)
     ]
     traced: dict[int, Step] = {}
 
@@ -157,7 +166,7 @@ def search(question: Question) -> Answer:
         )
     best = traced[first]
     patch, stages = candidates[first]
-    for batch in range(LARGEST_BATCH, SMALLEST_BATCH, -1):
+    for batch in range(question.most_samples(patch), SMALLEST_BATCH, -1):
         larger = question.step(patch, stages, batch, "shared")
         if larger.peak_bytes <= question.budget_bytes:
             best = larger
