@@ -208,7 +208,7 @@ class _SharedDense(torch.autograd.Function):
                 middles.append(middle)
                 if not step.fixed and i + 1 < step.n_layers:
                     statistics.take(slot, slice(n_in, n_in + k), step)
-        ctx.step, ctx.n_segments = step, n_segments
+        ctx.step = step
         ctx.n_values = None if step.fixed else statistics.n_values
         ctx.n_middles = [middle.n_values for middle in middles]
         ctx.save_for_backward(
@@ -289,10 +289,9 @@ class _SharedDense(torch.autograd.Function):
                 weight2_gradient = _weight_gradient(new, activated, weight2, step.padding)
                 del activated
                 # the input's gradient needs nothing of the input but its shape, which z has too
-                g = _input_gradient(new, from_rows(z, space), weight2, step.padding)
-                g = to_rows(g)
-                del new
-                g = g.contiguous()
+                like_input = from_rows(z, space)
+                g = to_rows(_input_gradient(new, like_input, weight2, step.padding)).contiguous()
+                del new, like_input
                 sum_g, sum_gx = activation_backward(g, z, *affine2, step.slope)
                 gain2_gradient = middle.gain_gradient(sum_g, sum_gx)
                 if middle.n_values is None:
