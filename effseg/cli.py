@@ -298,7 +298,7 @@ def benchmark(
     with tempfile.TemporaryDirectory() as scratch:
         record = Path(scratch) / "record.json"
         command = [sys.executable, "-m", "pytest", str(script), "--benchmark-enable", "--quiet"]
-        command += [f"--benchmark-json={record}", "--benchmark-disable-gc", "-W", "ignore"]
+        command += [f"--benchmark-json={record}", "--benchmark-disable-gc", "-W", "ignore", "-rs"]
         code = subprocess.call(command, cwd=folder.parent)  # noqa: S603 - our own file
         if code != 0:
             raise typer.Exit(INTERNAL)
