@@ -218,7 +218,7 @@ def rows(request: pytest.FixtureRequest) -> Iterator[list[Row]]:
     found: list[Row] = []
     yield found
     n_wanted = sum(why_not(case) is None for cases in CASES.values() for case in cases)
-    if len(found) == n_wanted and not request.config.getoption("benchmark_disable"):
+    if len(found) == n_wanted and request.config.getoption("benchmark_enable"):
         write_results(found, device=DEVICE)
 
 

@@ -25,7 +25,7 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
+from rich.table import Column, Table
 
 from effseg import __version__
 from effseg.errors import DataError, EffsegError
@@ -80,6 +80,7 @@ class Suite(StrEnum):
 
     resample = "resample"
     memory = "memory"
+    head_loss = "head_loss"
 
 
 @app.callback(invoke_without_command=True)
@@ -298,7 +299,8 @@ def benchmark(
     with tempfile.TemporaryDirectory() as scratch:
         record = Path(scratch) / "record.json"
         command = [sys.executable, "-m", "pytest", str(script), "--benchmark-enable", "--quiet"]
-        command += [f"--benchmark-json={record}", "--benchmark-disable-gc", "-W", "ignore", "-rs"]
+        command += [f"--benchmark-json={record}", "--benchmark-disable-gc", "--benchmark-quiet"]
+        command += ["-W", "ignore", "-rs"]
         code = subprocess.call(command, cwd=folder.parent)  # noqa: S603 - our own file
         if code != 0:
             raise typer.Exit(INTERNAL)
@@ -403,10 +405,12 @@ def _print_scores(scores: "Scores") -> None:
 def _print_benchmarks(suite: str, runs: list[dict[str, Any]]) -> None:
     """One row a benchmark: the median of its seconds beside what it counted."""
     counted = list(dict.fromkeys(key for run in runs for key in run["extra_info"]))
-    table = Table("benchmark", "median s", *counted, title=f"suite {suite}")
+    first = Column("benchmark", no_wrap=True)
+    table = Table(first, "median s", *counted, title=f"suite {suite}")
     for run in runs:
         cells = (_cell(run["extra_info"].get(key)) for key in counted)
-        table.add_row(_plain(run["name"]), f"{run['stats']['median']:.4f}", *cells)
+        name = _plain(run["param"] or run["name"])
+        table.add_row(name, f"{run['stats']['median']:.4f}", *cells)
     console.print(table)
 
 
