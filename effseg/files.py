@@ -34,13 +34,22 @@ def written_whole(path: str | Path) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield partial
-        _sync(partial)
-        partial.replace(target)
-        if os.name == "posix":  # make the new name last, too, where the system can
-            _sync(target.parent)
+        put_in_place(partial, target)
     finally:
         with suppress(OSError):
             partial.unlink()
+
+
+def put_in_place(partial: Path, target: Path) -> None:
+    """Give a finished file, forced to the disk, its name; both names are of one folder.
+
+    Raises:
+        OSError: if it cannot be done.
+    """
+    _sync(partial)
+    partial.replace(target)
+    if os.name == "posix":  # make the new name last, too, where the system can
+        _sync(target.parent)
 
 
 def write_text_whole(path: str | Path, text: str) -> Path:

@@ -27,7 +27,7 @@ from pydicom.uid import ExplicitVRLittleEndian, RLELossless, generate_uid
 from scipy.spatial.transform import Rotation
 
 from effseg.errors import DataError, EffsegError, GeometryError
-from effseg.io import VOLUME_SUFFIXES, read_grid, read_volume, strip_suffix, write_volume, writing
+from effseg.io import VOLUME_SUFFIXES, read_grid, read_volume, strip_suffix, write_volume
 from effseg.volume import AxisOrder, Grid, Volume
 
 SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".mha")
@@ -726,7 +726,7 @@ def test_bytes_lost_without_a_word_are_noticed(tmp_path, monkeypatch, suffix, ha
                 file.seek(size - 20)
                 file.write(bytes([byte[0] ^ 255]))
 
-    monkeypatch.setattr(writing.os, "fsync", lossy)
+    monkeypatch.setattr(os, "fsync", lossy)
     with pytest.raises(DataError, match=rf"a{suffix}: is not what was written, is the disk full"):
         write_volume(volume_of(), tmp_path / f"a{suffix}")
     assert list(tmp_path.iterdir()) == []
@@ -736,7 +736,7 @@ def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
     def interrupted(handle):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(writing.os, "fsync", interrupted)
+    monkeypatch.setattr(os, "fsync", interrupted)
     with pytest.raises(KeyboardInterrupt):
         write_volume(volume_of(), tmp_path / "a.nii.gz")
     assert list(tmp_path.iterdir()) == []

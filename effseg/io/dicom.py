@@ -4,8 +4,9 @@ What is not an image (XML, reports, structure sets) may lie among the slices and
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -13,6 +14,7 @@ from effseg.errors import DataError, MemoryBudgetError
 from effseg.io.dicom_slice import Slice, read_slice, read_values
 from effseg.io.header import grid_of
 from effseg.io.members import Member, members
+from effseg.io.voxels import room_for
 from effseg.types import Array, FloatArray
 from effseg.volume import Grid, Volume
 
@@ -39,7 +41,7 @@ def read_series(path: Path) -> Volume:
             for index, one in enumerate(slices):
                 values = read_values(one)
                 if is_whole:
-                    array = _wide_enough(one, array, values)
+                    array = array.astype(_wide_enough(one, array.dtype, values), copy=False)
                 array[index] = values
         except MemoryError as error:
             raise MemoryBudgetError(
@@ -57,6 +59,52 @@ def read_series_grid(path: Path) -> Grid:
     """
     with members(path) as files:
         return _series(path, files)[1]
+
+
+def read_series_facts(path: Path) -> "tuple[Grid, np.dtype[np.generic]]":
+    """The grid of a series and the type of `read_series`'s array; reads it, a slice at a time.
+
+    Raises:
+        DataError: as `read_series`.
+    """
+    with members(path) as files:
+        slices, grid = _series(path, files)
+        if not all(one.is_whole for one in slices):
+            return grid, np.dtype(np.float32)
+        dtype: np.dtype[np.generic] = np.dtype(np.int16)
+        for one in slices:
+            dtype = _wide_enough(one, dtype, read_values(one))
+    return grid, dtype
+
+
+def read_series_slabs(
+    path: Path, thickness: int, *, grid: Grid, dtype: "np.dtype[np.generic]"
+) -> Iterator[tuple[int, Array]]:
+    """A series in slabs of `thickness` slices and a last one of what is left, each with its start.
+
+    Args:
+        path: of the series.
+        thickness: slices a slab.
+        grid: as `read_series_facts` found it.
+        dtype: likewise.
+
+    Raises:
+        DataError: as `read_series`, and if the series has changed.
+        MemoryBudgetError: if there is no memory for a slab.
+    """
+    with members(path) as files:
+        slices, found = _series(path, files)
+        if found != grid:
+            raise DataError(f"{path}: the series has changed while it was read; begin anew")
+        for start in range(0, len(slices), thickness):
+            part = slices[start : start + thickness]
+            slab = room_for(path, (len(part), *grid.shape[1:]), dtype)
+            for plane, one in zip(slab, part, strict=True):
+                values = read_values(one)
+                if dtype.kind == "i" and _wide_enough(one, dtype, values) != dtype:
+                    raise DataError(f"{path}: the series has changed while it was read; begin anew")
+                plane[...] = values
+            yield start, slab
 
 
 def _series(path: Path, files: Sequence[Member]) -> tuple[list[Slice], Grid]:
@@ -145,11 +193,11 @@ def _check_stack(path: Path, slices: Sequence[Slice], normal: FloatArray) -> Non
         )
 
 
-def _wide_enough(one: Slice, array: Array, values: Array) -> Array:
-    """The array, as int32 where the values do not fit int16."""
+def _wide_enough(one: Slice, dtype: "np.dtype[Any]", values: Array) -> "np.dtype[Any]":
+    """The type, or int32 where the values do not fit it."""
     low, high = int(values.min()), int(values.max())
-    for dtype in (array.dtype, np.dtype(np.int32)):
-        limits = np.iinfo(dtype)
+    for wide in (dtype, np.dtype(np.int32)):
+        limits = np.iinfo(wide)
         if limits.min <= low and high <= limits.max:
-            return array.astype(dtype, copy=False)
+            return wide
     raise DataError(f"{one.member.where}: values from {low} to {high}; expected 32 bits at most")

@@ -4,13 +4,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
 from effseg.errors import DataError
 from effseg.io import metaimage, nifti, nrrd
 from effseg.io.header import Header
+from effseg.io.voxel_stream import Packed
 from effseg.volume import Grid
 
 
@@ -22,13 +22,13 @@ class Format:
         read_header: of a file of this kind.
         write_header: the bytes before the voxels, from path (for errors), grid, type, channels.
         interleaved: whether channels are written as the fastest axis.
-        packed: what is written as one gzip stream: nothing, the voxels, or the whole file.
+        packed: what is written as a gzip stream.
     """
 
     read_header: Callable[[Path], Header]
     write_header: Callable[[Path, Grid, "np.dtype[np.generic]", int], bytes]
     interleaved: bool
-    packed: Literal["", "voxels", "file"]
+    packed: Packed
 
 
 FORMATS = {

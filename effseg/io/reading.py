@@ -4,11 +4,12 @@ from pathlib import Path
 
 import numpy as np
 
-from effseg.errors import DataError, MemoryBudgetError
+from effseg.errors import DataError
 from effseg.io.dicom import read_series, read_series_grid
 from effseg.io.formats import DICOM_ZIP, format_of, volume_suffix
 from effseg.io.header import Header, file_bytes
 from effseg.io.payload import payload
+from effseg.io.voxels import StoredVoxels, rescaled
 from effseg.types import Array
 from effseg.volume import Grid, Volume
 
@@ -35,15 +36,15 @@ def read_volume(path: str | Path, *, channel: int | None = None) -> Volume:
         MemoryBudgetError: if there is no memory for the array.
     """
     path = Path(path)
-    if _is_series(path):
-        _check_channel(path, channel, 1)
+    if is_series(path):
+        check_channel(path, channel, 1)
         return read_series(path)
-    header = _header(path)
-    _check_channel(path, channel, header.n_channels)
+    header = header_of(path)
+    check_channel(path, channel, header.n_channels)
     stored = _stored(path, header, channel)
     if stored.ndim == 4 and channel is not None:
         stored = stored[channel].copy()  # lets go of the interleaved others
-    return Volume(array=_rescaled(path, stored, header), grid=header.grid)
+    return Volume(array=rescaled(path, stored, header), grid=header.grid)
 
 
 def read_grid(path: str | Path) -> tuple[Grid, int]:
@@ -56,22 +57,34 @@ def read_grid(path: str | Path) -> tuple[Grid, int]:
         GeometryError: if its axes are not orthogonal.
     """
     path = Path(path)
-    if _is_series(path):
+    if is_series(path):
         return read_series_grid(path), 1
-    header = _header(path)
+    header = header_of(path)
     return header.grid, header.n_channels
 
 
-def _is_series(path: Path) -> bool:
+def is_series(path: Path) -> bool:
+    """Whether a volume of this name is a series of DICOM files."""
     return path.is_dir() or volume_suffix(path) == DICOM_ZIP
 
 
-def _header(path: Path) -> Header:
+def header_of(path: Path) -> Header:
+    """The judged header of a single-file volume.
+
+    Raises:
+        DataError: if the file is missing or of no known kind, or its header cannot be used.
+        GeometryError: if its axes are not orthogonal.
+    """
     file_bytes(path)  # a missing file is missing before its name is judged
     return format_of(path).read_header(path)
 
 
-def _check_channel(path: Path, channel: int | None, n_channels: int) -> None:
+def check_channel(path: Path, channel: int | None, n_channels: int) -> None:
+    """Refuse a channel that is not there.
+
+    Raises:
+        DataError: for one.
+    """
     if channel is not None and not 0 <= channel < n_channels:
         raise DataError(
             f"{path}: channel {channel} of {n_channels}; expected 0 to {n_channels - 1}"
@@ -82,40 +95,11 @@ def _stored(path: Path, header: Header, channel: int | None) -> Array:
     """The stored numbers as (z, y, x) or (C, z, y, x), in the machine's byte order."""
     n_channels = 1 if channel is not None and not header.interleaved else header.n_channels
     shape = header.grid.shape
-    try:
-        flat = np.empty(n_channels * header.grid.n_voxels, dtype=header.dtype)
-    except (MemoryError, ValueError) as error:  # ValueError: more than an address can say
-        raise MemoryBudgetError(
-            f"{path}: {header.payload_bytes} bytes for {n_channels} channel(s) of {shape} voxels "
-            "are not to be had; read one channel, or use a machine with more memory"
-        ) from error
-    as_bytes, at = flat.view(np.uint8), 0
-    for block in payload(path, header, channel=channel):
-        as_bytes[at : at + len(block)] = np.frombuffer(block, dtype=np.uint8)
-        at += len(block)
-    if not flat.dtype.isnative:
-        flat = flat.byteswap(inplace=True)
-    flat = flat.view(flat.dtype.newbyteorder("="))
+    voxels = StoredVoxels(path, header, payload(path, header, channel=channel))
+    flat = voxels.take(n_channels * header.grid.n_voxels)
+    voxels.end()
     if n_channels == 1:
         return flat.reshape(shape)
     if header.interleaved:
         return np.moveaxis(flat.reshape(*shape, n_channels), -1, 0)
     return flat.reshape(n_channels, *shape)
-
-
-def _rescaled(path: Path, stored: Array, header: Header) -> Array:
-    """True values, worked out in float64, one plane after the other."""
-    if (header.slope, header.intercept) == (1.0, 0.0):
-        return stored
-    in_place = stored.dtype.kind == "f"
-    values = stored if in_place else np.empty(stored.shape, dtype=np.float32)
-    try:
-        with np.errstate(over="raise"):
-            for plane in np.ndindex(stored.shape[:-2]):
-                values[plane] = stored[plane].astype(np.float64) * header.slope + header.intercept
-    except FloatingPointError as error:
-        raise DataError(
-            f"{path}: slope {header.slope:g} and intercept {header.intercept:g} take the voxels "
-            f"beyond {values.dtype}; expected a sound header"
-        ) from error
-    return values

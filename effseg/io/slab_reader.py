@@ -1,0 +1,97 @@
+"""A volume read slab by slab."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from effseg.errors import DataError
+from effseg.io.dicom import read_series_facts, read_series_slabs
+from effseg.io.header import Header
+from effseg.io.payload import payload
+from effseg.io.reading import check_channel, header_of, is_series
+from effseg.io.voxels import StoredVoxels, rescaled, value_dtype
+from effseg.types import Array
+from effseg.volume import Grid
+
+
+class SlabReader:
+    """Reads a volume as `read_volume` does, slab by slab along z, in one pass and in order.
+
+    ```python
+    reader = SlabReader("image.nii.gz")
+    for start, slab in reader.slabs(16):
+        ...
+    ```
+
+    Takes one slab and a block; where integers are scaled, two slabs.
+
+    A header is judged on construction. A fault further behind is found where it lies: slabs before
+    it have been handed out by then. The last one comes only when the file is sound to its end.
+
+    Args:
+        path: as for `read_volume`. A DICOM series is read through once on construction, for the
+            type that holds its values.
+        channel: which, where the file has several: slabs are of one channel.
+
+    Attributes:
+        grid: where all voxels lie.
+        dtype: of the slabs; that of `read_volume`'s array.
+
+    Raises:
+        DataError: as `read_volume`; if the file has several channels and none was chosen.
+        GeometryError: if its axes are not orthogonal.
+    """
+
+    grid: Grid
+    dtype: "np.dtype[np.generic]"
+
+    def __init__(self, path: str | Path, *, channel: int | None = None) -> None:
+        self._path = Path(path)
+        self._channel = channel
+        self._header: Header | None = None
+        if is_series(self._path):
+            check_channel(self._path, channel, 1)
+            self.grid, self.dtype = read_series_facts(self._path)
+            return
+        header = self._header = header_of(self._path)
+        check_channel(self._path, channel, header.n_channels)
+        if channel is None and header.n_channels > 1:
+            raise DataError(
+                f"{self._path}: {header.n_channels} channels; expected one: choose it, 0 to "
+                f"{header.n_channels - 1}"
+            )
+        self.grid, self.dtype = header.grid, value_dtype(header)
+
+    def slabs(self, thickness: int) -> Iterator[tuple[int, Array]]:
+        """The slabs from first to last: the index of its first plane, and (n, y, x) voxels.
+
+        Each call begins anew.
+
+        Args:
+            thickness: planes a slab; the last may have fewer.
+
+        Raises:
+            DataError: if the file is cut, corrupt, or no longer what it was; if `thickness` is less
+                than 1.
+            MemoryBudgetError: if there is no memory for a slab.
+        """
+        if thickness < 1:
+            raise DataError(f"{self._path}: slabs of {thickness} planes; expected 1 or more")
+        if self._header is None:
+            return read_series_slabs(self._path, thickness, grid=self.grid, dtype=self.dtype)
+        return self._of_file(self._header, thickness)
+
+    def _of_file(self, header: Header, thickness: int) -> Iterator[tuple[int, Array]]:
+        n_planes, *plane = header.grid.shape
+        n_values = plane[0] * plane[1] * (header.n_channels if header.interleaved else 1)
+        blocks = payload(self._path, header, channel=self._channel)
+        voxels = StoredVoxels(self._path, header, blocks)
+        for start in range(0, n_planes, thickness):
+            n = min(thickness, n_planes - start)
+            stored = voxels.take(n * n_values)
+            if start + n == n_planes:
+                voxels.end()
+            if header.interleaved and header.n_channels > 1:
+                stored = stored.reshape(-1, header.n_channels)[:, self._channel].copy()
+            yield start, rescaled(self._path, stored.reshape(n, *plane), header)
