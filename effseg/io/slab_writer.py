@@ -221,10 +221,17 @@ class SlabWriter:
             )
 
     def _unstaged(self, file: BinaryIO) -> Iterator[memoryview]:
-        """The staged voxels in the order of the file."""
+        """The staged voxels in the order of the file, a block of planes at a time.
+
+        Read, not mapped: of a mapped file the system keeps far more resident than is asked for.
+        """
         shape, dtype = self._layout.grid.shape, self._layout.dtype
-        staged = (shape[self._axis], *np.delete(shape, self._axis).tolist())
-        for first in range(0, shape[0], step := planes_a_block(shape)):
-            # mapped anew for each block, so that pages which were read do not add up
-            planes = np.memmap(file, dtype=dtype, mode="r", shape=staged)
-            yield from blocks(np.moveaxis(planes, 0, self._axis)[first : first + step], dtype)
+        row_bytes = shape[3 - self._axis] * dtype.itemsize
+        block = np.empty((min(planes_a_block(shape), shape[0]), *shape[1:]), dtype=dtype)
+        for first in range(0, shape[0], len(block)):
+            planes = block[: shape[0] - first]
+            for index, part in enumerate(np.moveaxis(planes, self._axis, 0)):
+                file.seek((index * shape[0] + first) * row_bytes)
+                rows = np.frombuffer(file.read(len(planes) * row_bytes), dtype=dtype)
+                part[...] = rows.reshape(part.shape)
+            yield from blocks(planes, dtype)
