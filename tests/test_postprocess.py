@@ -97,6 +97,12 @@ def test_any_memory_layout_gives_the_same(layout: str) -> None:
     assert len(label_components(view, 1.0)[1]) == len(label_components(plain, 1.0)[1])
 
 
+def test_a_row_of_bool() -> None:
+    components, table = label_components(np.array([[[True, False, True]]]), 1.0)
+    assert components.tolist() == [[[1, 0, 2]]]
+    assert [component.label for component in table] == [1, 1]
+
+
 def test_foreground_box() -> None:
     labels = np.zeros((5, 6, 7), np.int16)
     assert foreground_box(labels) is None
