@@ -51,7 +51,7 @@ class ComponentStream:
     voxel for voxel and in the same order.
 
     Of the voxels only their runs are kept, packed, in memory first and then in a temporary file.
-    Beside that it holds the block of planes it works on and about 200 bytes a component.
+    Beside that it holds the block of planes it works on and about 250 bytes a component.
 
     ```
     with ComponentStream(grid.voxel_mm3, rule) as stream:
