@@ -1,7 +1,11 @@
-"""Which windows cover a volume, and how they are blended: index arithmetic only."""
+"""Which windows cover a volume, in which order, and how they are blended: index arithmetic only."""
 
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import reduce
-from itertools import product
+from itertools import groupby, product
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -59,3 +63,101 @@ def padding(shape: Shape3, smallest: Shape3) -> tuple[tuple[int, int], ...]:
     """Voxels to add before and after each axis so that none is shorter than `smallest`."""
     short = [max(0, want - n) for n, want in zip(shape, smallest, strict=True)]
     return tuple((missing // 2, missing - missing // 2) for missing in short)
+
+
+def padded_shape(shape: Shape3, smallest: Shape3) -> Shape3:
+    """The shape with that padding: no axis shorter than `smallest`."""
+    z, y, x = (max(n, want) for n, want in zip(shape, smallest, strict=True))
+    return (z, y, x)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The windows that start at one place of the axis they are swept along.
+
+    Attributes:
+        windows: in order.
+        start: where on that axis they start; before it the volume is finished already.
+        stop: up to where it is finished once they are blended: where the next layer starts.
+    """
+
+    windows: tuple[Slices3, ...]
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """The windows of a volume in an order that finishes it from one end to the other.
+
+    At any time only a stretch as long as a window is under way: what lies before it no later window
+    touches, what lies behind it none has touched yet.
+
+    Attributes:
+        axis: the one along which the stretch is smallest; the first of equals.
+        shape: of the volume.
+        window: voxels (z, y, x).
+        layers: all windows, each once.
+    """
+
+    axis: int
+    shape: Shape3
+    window: Shape3
+    layers: tuple[Layer, ...]
+
+    @classmethod
+    def over(cls, shape: Shape3, window: Shape3, *, overlap: float) -> Self:
+        """Plan the sweep; arguments and errors as of `window_starts`, for three axes."""
+        axis = sweep_axis(shape, window)
+        boxes = sorted(windows(shape, window, overlap=overlap), key=lambda box: _start(box, axis))
+        grouped = [tuple(group) for _, group in groupby(boxes, key=lambda box: _start(box, axis))]
+        starts = [_start(group[0], axis) for group in grouped]
+        stops = [*starts[1:], shape[axis]]
+        layers = tuple(Layer(*layer) for layer in zip(grouped, starts, stops, strict=True))
+        return cls(axis=axis, shape=shape, window=window, layers=layers)
+
+    @property
+    def n_windows(self) -> int:
+        """How many windows there are."""
+        return sum(len(layer.windows) for layer in self.layers)
+
+    @property
+    def frontier(self) -> Shape3:
+        """The shape of what is under way at once: as long as a window, as wide as the volume."""
+        return frontier(self.shape, self.window, self.axis)
+
+
+def sweep_axis(shape: Shape3, window: Shape3) -> int:
+    """The axis along which a stretch as long as a window holds the fewest voxels."""
+    return min(range(3), key=lambda axis: math.prod(frontier(shape, window, axis)))
+
+
+def frontier(shape: Shape3, window: Shape3, axis: int) -> Shape3:
+    """The volume's shape, cut to the window's length along an axis."""
+    z, y, x = (w if i == axis else n for i, (n, w) in enumerate(zip(shape, window, strict=True)))
+    return (z, y, x)
+
+
+def ring_parts(start: int, stop: int, length: int) -> Iterator[tuple[slice, slice]]:
+    """Where a stretch of an axis lies in a ring that holds position p at place p modulo its length.
+
+    Args:
+        start: of the stretch.
+        stop: its end, at most `length` further.
+        length: of the ring.
+
+    Yields:
+        (positions, counted from `start`, places in the ring): two parts where the stretch runs over
+        the ring's end, otherwise one.
+    """
+    at = start
+    while at < stop:
+        place = at % length
+        n = min(stop - at, length - place)
+        yield slice(at - start, at - start + n), slice(place, place + n)
+        at += n
+
+
+def _start(box: Slices3, axis: int) -> int:
+    start: int = box[axis].start
+    return start
