@@ -11,15 +11,24 @@ import numpy as np
 from effseg.errors import DataError, GeometryError
 from effseg.resample.axis import AxisWeights
 from effseg.resample.boxes import IMAGE, LABEL, fill_target
+from effseg.resample.labelling import label_slabs, labelling_bytes, logits_to_labels
 from effseg.resample.mapping import ObliqueMapping, Passage, SeparableMapping
+from effseg.resample.slabs import SLAB_PLANES, AffineHead, Slab, Slabs
 from effseg.types import Array, Spacing
 from effseg.volume import Grid, Volume
 
 __all__ = [
+    "SLAB_PLANES",
+    "AffineHead",
     "AxisWeights",
     "ObliqueMapping",
     "Passage",
     "SeparableMapping",
+    "Slab",
+    "Slabs",
+    "label_slabs",
+    "labelling_bytes",
+    "logits_to_labels",
     "resample_like",
     "resample_to_spacing",
 ]
@@ -100,7 +109,7 @@ def resample_like(volume: Volume, grid: Grid, *, label: bool = False, fill: floa
             target,
             source,
             mapping=passage.mapping,
-            work=LABEL if label else IMAGE,
+            interpolation=LABEL if label else IMAGE,
             fill=fill,
             limit_bytes=limit_bytes,
         )

@@ -116,6 +116,12 @@ class AxisWeights:
         last = min(self.inside[1], int(np.searchsorted(self.lows, stop, side="left")))
         return (first, last) if first < last else (0, 0)
 
+    def ready(self, stop: int) -> int:
+        """How many target voxels need no source voxel from `stop` on, counted from the first."""
+        if stop >= self.n_source:
+            return self.n_target
+        return int(np.searchsorted(self.highs[: self.inside[1]], stop, side="right"))
+
     def matrix(self, rows: Range, columns: Range) -> Float32Array:
         """The dense block of the weights, (rows, columns): target voxels by source voxels."""
         index = self.lows[slice(*rows), None] + np.arange(self.taps.shape[1]) - columns[0]

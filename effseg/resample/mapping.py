@@ -216,6 +216,14 @@ class Passage:
         mapping = _mapping(source.reordered(source_axes), ordered)
         return cls(source_axes=source_axes, target_axes=target_axes, mapping=mapping)
 
+    @classmethod
+    def along(cls, source: Grid, target: Grid) -> "Passage":
+        """The same in the order the source is stored in, for one that comes slab by slab."""
+        stored = AxisOrder(order=(0, 1, 2), flips=(False, False, False))
+        target_axes = _matching_axes(target, source)
+        mapping = _mapping(source, target.reordered(target_axes))
+        return cls(source_axes=stored, target_axes=target_axes, mapping=mapping)
+
 
 def _mapping(source: Grid, target: Grid) -> Mapping:
     matrix = np.linalg.solve(source.affine[:3, :3], target.affine[:3, :3])
