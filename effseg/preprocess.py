@@ -7,7 +7,7 @@ import numpy.typing as npt
 
 from effseg.errors import DataError
 from effseg.plans import Channel, Plan
-from effseg.resample import resample_like, resample_to_spacing
+from effseg.resample import Slabs, logits_to_labels, resample_to_spacing
 from effseg.types import Array
 from effseg.volume import Grid, Volume
 
@@ -81,30 +81,19 @@ def normalise(array: Array, channel: Channel) -> npt.NDArray[np.float32]:
     return out
 
 
-def restore_labels(logits: npt.NDArray[np.float32], prepared: Prepared, plan: Plan) -> Volume:
+def restore_labels(logits: Array | Slabs, prepared: Prepared, plan: Plan) -> Volume:
     """Logits on the prepared grid to a label map on the image's own grid.
 
-    The logits are resampled class by class with a running maximum, so the label map is that of
-    interpolated logits, not interpolated labels.
+    The logits are resampled, so the label map is that of interpolated logits, not interpolated
+    labels; logits of all classes exist for a few voxels at a time.
 
     Args:
-        logits: (classes, z, y, x) on `prepared.grid`.
+        logits: (classes, z, y, x) on `prepared.grid`, or what comes slab by slab.
         prepared: what the logits were computed from.
         plan: names the label values.
 
     Returns:
         The smallest unsigned type that holds the plan's label values, on `prepared.native`.
     """
-    axes = prepared.native.canonical_axes()
-    target = prepared.native.reordered(axes)
     values = [label.value for label in plan.labels]
-    dtype = np.min_scalar_type(max(values))
-    labels = np.full(target.shape, values[0], dtype=dtype)
-    best = resample_like(Volume(array=logits[0], grid=prepared.grid), target).array
-    best = np.array(best, dtype=np.float32)
-    for value, plane in zip(values[1:], logits[1:], strict=True):
-        rival = resample_like(Volume(array=plane, grid=prepared.grid), target).array
-        better = rival > best
-        labels[better] = value
-        np.maximum(best, rival, out=best)
-    return Volume(array=np.ascontiguousarray(axes.inverse().apply(labels)), grid=prepared.native)
+    return logits_to_labels(logits, prepared.grid, prepared.native, values=values)

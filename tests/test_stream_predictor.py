@@ -2,8 +2,10 @@
 
 import gc
 import logging
+import tracemalloc
 from collections.abc import Sequence
 from itertools import chain, combinations
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,12 +15,15 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from effseg.errors import PlanError
-from effseg.inference import Predictor
+from effseg.inference import Predictor, Run, forecast, predict
 from effseg.inference.headless import find_headless
 from effseg.memory import measure_peak
 from effseg.networks import NormActConv, build_network
-from effseg.plans import NetworkConfig
+from effseg.plans import Label, NetworkConfig, Plan, PostprocessConfig
+from effseg.preprocess import prepare_image
+from effseg.resample import resample_like
 from effseg.tiling import gaussian_weights, padding, windows
+from effseg.volume import AxisOrder, Grid, Volume
 
 TIE = 1e-4
 AXES = (2, 3, 4)
@@ -310,6 +315,78 @@ def test_memory_does_not_grow_with_the_classes_above_the_features() -> None:
     # beside two classes, for which logits are blended: no more than the features' own sums and slab
     frontier = 4 * 16 * 32 * 32
     assert many - peak_bytes(2) <= 1.05 * 14 * (frontier + frontier // 2 + 4 * 16**3)
+
+
+def run_of(plan: Plan, n_classes: int) -> Run:
+    """A run of an untrained network with this many classes."""
+    torch.manual_seed(0)
+    network = plan.network.model_copy(update={"out_channels": n_classes})
+    labels = tuple(Label(value=2 * i, name=f"label {i}") for i in range(n_classes))
+    plan = plan.model_copy(
+        update={"network": network, "labels": labels, "spacing": (1.5, 0.9, 1.2)}
+    )
+    return Run(folder=Path("nowhere"), plan=plan, network=build_network(network).eval())
+
+
+@pytest.mark.parametrize("n_classes", [3, 40])
+@pytest.mark.parametrize(
+    ("order", "flips", "tta"),
+    [
+        ((0, 1, 2), (False, False, False), True),
+        ((2, 0, 1), (True, False, True), False),
+        ((1, 2, 0), (False, True, False), False),
+    ],
+)
+def test_predictions_are_the_labels_of_whole_volumes(
+    tiny_plan: Plan, n_classes, order, flips, tta
+) -> None:
+    run = run_of(tiny_plan, n_classes)
+    assert (run.headless is not None) == (n_classes == 40)
+    grid = Grid(shape=(30, 19, 23), spacing=(1.0, 1.1, 1.3), origin=(4.0, -2.0, 9.0))
+    axes = AxisOrder(order=order, flips=flips)
+    volume = Volume(array=image(*grid.shape)[0], grid=grid).reordered(axes)
+    prepared = prepare_image(volume, run.plan)
+    logits = in_memory([run.network], prepared.image, run.plan.patch_size, 0.5, tta)
+    target = prepared.native.reordered(prepared.native.canonical_axes())
+    planes = [
+        resample_like(Volume(array=plane.astype(np.float32), grid=prepared.grid), target)
+        for plane in logits
+    ]
+    canonical = np.stack([plane.array for plane in planes])
+    expected = prepared.native.canonical_axes().inverse().apply(canonical)
+    got = predict(run, volume, tta=tta, postprocess=PostprocessConfig(fraction_of_largest=None))
+    assert got.grid == volume.grid
+    assert set(np.unique(got.array)) <= set(range(0, 2 * n_classes, 2))
+    assert_same_labels(got.array // 2, expected)
+
+
+@pytest.mark.parametrize("n_classes", [3, 40])
+def test_a_forecast_holds_what_a_prediction_takes(tiny_plan: Plan, n_classes) -> None:
+    run = run_of(tiny_plan, n_classes)
+    volume = Volume(array=image(90, 40, 40)[0], grid=Grid(shape=(90, 40, 40)))
+    expected = forecast(run, volume.grid)  # traces, which is not meant
+
+    def run_it() -> None:
+        predict(run, volume)
+
+    tracemalloc.start()
+    tensors = measure_peak(run_it).peak_bytes
+    arrays = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert tensors + arrays <= expected.peak_bytes
+
+
+def test_a_forecast_grows_with_the_volume_only_by_its_image_and_labels(tiny_plan: Plan) -> None:
+    run = run_of(tiny_plan, 40)
+    short, long = (Grid(shape=(n, 40, 40), spacing=run.plan.spacing) for n in (100, 200))
+    grown = forecast(run, long).sweeping_bytes - forecast(run, short).sweeping_bytes
+    assert grown == (4 + 1) * short.n_voxels
+
+
+def test_a_forecast_does_not_grow_with_the_classes_above_the_features(tiny_plan: Plan) -> None:
+    grid = Grid(shape=(60, 60, 60))
+    few, many = (forecast(run_of(tiny_plan, n), grid).sweeping_bytes for n in (40, 118))
+    assert many <= 1.05 * few
 
 
 @pytest.mark.gpu

@@ -9,14 +9,14 @@ import numpy as np
 from effseg.dataset import Case, read_image
 from effseg.devices import device_kind, present_device
 from effseg.errors import MemoryBudgetError
-from effseg.inference.predictor import Predictor, Progress
+from effseg.inference.predictor import Predictor, Progress, blending_bytes
 from effseg.inference.run import Run, load_run
 from effseg.io import read_grid, read_volume, write_volume
 from effseg.plans import PostprocessConfig, format_bytes, parse_bytes
 from effseg.postprocess import describe, remove_components
 from effseg.preprocess import prepare_image, restore_labels
-from effseg.tiling import padding
-from effseg.types import Shape3
+from effseg.resample import labelling_bytes
+from effseg.tiling import padded_shape, sweep_axis
 from effseg.volume import Grid, Volume
 
 logger = logging.getLogger("effseg")
@@ -27,20 +27,20 @@ class Forecast:
     """What labelling one image takes at most, in bytes, the network's weights included.
 
     Attributes:
-        peak_bytes: the largest of the three stages.
         reading_bytes: the image as read and as prepared.
-        sliding_bytes: the prepared image, the sums of the windows and one pass of the network.
-        restoring_bytes: the logits, two of them resampled to the image's grid, and the labels.
+        sweeping_bytes: the prepared image, one pass of the network, the sums of the windows that
+            are under way, the slab that is made into labels, and the label map.
+        cleaning_bytes: the label map, its components, and the cleaned copy.
     """
 
     reading_bytes: int
-    sliding_bytes: int
-    restoring_bytes: int
+    sweeping_bytes: int
+    cleaning_bytes: int
 
     @property
     def peak_bytes(self) -> int:
         """The largest of the three stages."""
-        return max(self.reading_bytes, self.sliding_bytes, self.restoring_bytes)
+        return max(self.reading_bytes, self.sweeping_bytes, self.cleaning_bytes)
 
 
 def predict(
@@ -56,9 +56,9 @@ def predict(
 ) -> Volume:
     """Label an image with a trained run.
 
-    The image is brought to canonical axes and the plan's spacing and normalisation, the network
-    slides over it, the logits are resampled to the image's own grid, and components that the
-    plan's rule calls noise are removed.
+    The image is brought to canonical axes and the plan's spacing and normalisation, and the network
+    sweeps over it. Each slab that is finished is resampled to the image's own grid and made into
+    labels at once. Components that the plan's rule calls noise are removed.
 
     Args:
         run: a run's folder, or a loaded `Run`.
@@ -101,7 +101,7 @@ def predict(
     prepared = prepare_image(volume, plan)
     del volume
     predictor = Predictor(
-        run.network,
+        run.headless or run.network,
         plan.patch_size,
         overlap=plan.inference.overlap,
         tta=tta,
@@ -109,7 +109,8 @@ def predict(
         window_batch=plan.inference.window_batch,
         precision=plan.precision,
     )
-    labels = restore_labels(predictor.logits(prepared.image, progress=progress), prepared, plan)
+    labels = restore_labels(predictor.slabs(prepared.image, progress=progress), prepared, plan)
+    del prepared
     rule = postprocess or plan.inference.postprocess
     cleaned, removals = remove_components(labels.array, labels.grid.voxel_mm3, rule)
     logger.info("%s", describe(rule, removals))
@@ -128,34 +129,32 @@ def forecast(run: Run, grid: Grid, *, device: str | None = None) -> Forecast:
         device: as `predict` takes it.
     """
     plan = run.plan
-    n_channels, n_classes = len(plan.channels), len(plan.labels)
+    n_channels = len(plan.channels)
     canonical = grid.reordered(grid.canonical_axes())
     inner = canonical.with_spacing(plan.spacing)
-    padded = _padded_voxels(inner.shape, plan.patch_size)
+    axis = sweep_axis(padded_shape(inner.shape, plan.patch_size), plan.patch_size)
     weights = sum(p.numel() * p.element_size() for p in run.network.parameters())
     native = grid.n_voxels
     image = 4 * n_channels * inner.n_voxels
-    logits = 4 * n_classes * inner.n_voxels
     label_bytes = np.min_scalar_type(max(label.value for label in plan.labels)).itemsize
     return Forecast(
         # as read (float32 at worst), resampled, normalised
         reading_bytes=weights + 4 * n_channels * native + 2 * image,
-        # the padded image, sums and weights, then the sums' part that is kept
-        sliding_bytes=weights
-        + 4 * (n_channels + n_classes + 1) * padded
-        + image
-        + run.window_bytes(device_kind(device or run.device)),
-        # best and rival of two classes, a mask, two copies of the labels
-        restoring_bytes=weights + image + logits + native * (4 + 4 + 1 + 2 * label_bytes),
+        sweeping_bytes=image
+        + run.window_bytes(device_kind(device or run.device))
+        + blending_bytes(
+            inner.shape,
+            plan.patch_size,
+            n_channels=n_channels,
+            n_blended=run.n_blended,
+            window_batch=plan.inference.window_batch,
+        )
+        + labelling_bytes(inner, grid, n_channels=run.n_blended, label_bytes=label_bytes, axis=axis)
+        + native * label_bytes,
+        # labels, their cleaned copy, and of the box around the foreground a copy and components
+        cleaning_bytes=weights + native * (3 * label_bytes + 4),
     )
 
 
 def _first_file(image: str | Path | Case) -> str | Path:
     return image.images[0] if isinstance(image, Case) else image
-
-
-def _padded_voxels(shape: Shape3, window: Shape3) -> int:
-    lengths = [
-        n + before + after for n, (before, after) in zip(shape, padding(shape, window), strict=True)
-    ]
-    return lengths[0] * lengths[1] * lengths[2]

@@ -11,6 +11,7 @@ from torch import nn
 
 from effseg.devices import AUTOCAST, DeviceKind, is_present
 from effseg.errors import CheckpointError, PlanError
+from effseg.inference.headless import Headless, find_headless
 from effseg.memory import trace_forward
 from effseg.networks import build_network
 from effseg.plans import Plan
@@ -42,13 +43,28 @@ class Run:
         )
         return "cpu"
 
+    @cached_property
+    def headless(self) -> Headless | None:
+        """The network up to its head, where blending that takes less than blending logits."""
+        shape = (1, len(self.plan.channels), *self.plan.patch_size)
+        return find_headless(self.network, shape)
+
+    @property
+    def n_blended(self) -> int:
+        """How many channels are blended: features below the head, or logits."""
+        headless = self.headless
+        return len(self.plan.labels) if headless is None else headless.conv.in_channels
+
     def window_bytes(self, kind: DeviceKind) -> int:
         """What one pass over a batch of windows takes at most, weights included; traced once."""
         if kind not in self._window_bytes:
             plan = self.plan
             shape = (plan.inference.window_batch, len(plan.channels), *plan.patch_size)
             report = trace_forward(
-                self.network, shape, autocast=AUTOCAST[plan.precision], device=kind
+                self.headless or self.network,
+                shape,
+                autocast=AUTOCAST[plan.precision],
+                device=kind,
             )
             self._window_bytes[kind] = report.peak_bytes
         return self._window_bytes[kind]
