@@ -93,7 +93,7 @@ def train(
         dataset = read_dataset(dataset)
     plan = with_choices(plan, minutes=minutes, epochs=epochs, device=device, seed=seed)
     chosen = choose_fold(dataset, fold)
-    accelerator = present_device(plan.device).type
+    present = present_device(plan.device)
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DataError(f"{out}: not empty; name a new folder, so that two runs cannot mix")
@@ -137,8 +137,9 @@ def train(
             )
         with _quiet_lightning():
             trainer = pl.Trainer(
-                accelerator=accelerator,
-                devices=devices,
+                accelerator=present.type,
+                # one card is the one that was named; Lightning takes a list for numbers
+                devices=devices if present.index is None or devices > 1 else [present.index],
                 strategy="ddp_spawn" if devices > 1 else "auto",
                 precision=PRECISIONS[plan.precision],
                 max_epochs=plan.training.epochs or -1,
