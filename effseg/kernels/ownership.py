@@ -14,7 +14,7 @@ from typing import Any, Final, TypeAlias
 import torch
 from torch import Tensor
 
-from effseg.kernels.tiles import contiguous_rows
+from effseg.kernels.tiles import channels_last
 
 
 def writable(gradient: Tensor, dtype: torch.dtype, *, sole_holder: bool) -> Tensor:
@@ -29,7 +29,7 @@ def writable(gradient: Tensor, dtype: torch.dtype, *, sole_holder: bool) -> Tens
         The gradient itself where nobody else holds it, it is of this type and lies channels-last;
         else a copy.
     """
-    own = contiguous_rows(gradient, dtype)
+    own = channels_last(gradient, dtype)
     return own.clone() if own is gradient and not sole_holder else own
 
 

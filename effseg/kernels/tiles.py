@@ -35,7 +35,7 @@ def from_rows(rows: Tensor, space: torch.Size) -> Tensor:
     return rows.view(rows.shape[0], *space, rows.shape[2]).movedim(-1, 1)
 
 
-def contiguous_rows(features: Tensor, dtype: torch.dtype) -> Tensor:
+def channels_last(features: Tensor, dtype: torch.dtype) -> Tensor:
     """Features in this type and in channels-last memory; they themselves where they are so."""
     return features.to(dtype).contiguous(memory_format=CHANNELS_LAST[features.ndim])
 

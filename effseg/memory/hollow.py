@@ -21,7 +21,8 @@ from torch._ops import OpOverload
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from effseg.memory.shapes import Device, Outcome, Result, UnknownValueError, infer_outcome
+from effseg.devices import DeviceKind
+from effseg.memory.shapes import Outcome, Result, UnknownValueError, infer_outcome
 
 LARGEST_REAL_BYTES = 64 * 1024
 """What is made from known values alone is computed up to this size."""
@@ -103,7 +104,7 @@ class HollowMode(TorchDispatchMode):
         device: whose kernels to stand for, where they differ in what they return.
     """
 
-    def __init__(self, *, device: Device) -> None:
+    def __init__(self, *, device: DeviceKind) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._device = device
         self._outcomes: dict[Any, Outcome] = {}

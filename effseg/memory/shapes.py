@@ -6,7 +6,7 @@ device.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -14,8 +14,6 @@ from torch._ops import OpOverload
 from torch._prims_common import suggest_memory_format
 
 from effseg.devices import DeviceKind
-
-Device: TypeAlias = DeviceKind
 
 VALUE_TAGS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 NORMS = {"native_batch_norm", "_native_batch_norm_legit", "native_group_norm", "native_layer_norm"}
@@ -51,7 +49,7 @@ class Outcome:
 
 
 def infer_outcome(
-    func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], *, device: Device
+    func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], *, device: DeviceKind
 ) -> Outcome:
     """Ask for the outcome of an operator.
 
@@ -123,7 +121,9 @@ def map_tensors(change: Callable[[Tensor], Any], value: Any) -> Any:
     return value
 
 
-def _correct_norm(func: OpOverload, args: tuple[Any, ...], result: Any, *, device: Device) -> Any:
+def _correct_norm(
+    func: OpOverload, args: tuple[Any, ...], result: Any, *, device: DeviceKind
+) -> Any:
     """Set right what the shape rules say of norms in mixed precision.
 
     The mean and the deviation that a norm saves are float32 on CUDA, and on the CPU as soon as a
@@ -151,7 +151,7 @@ def _correct_norm(func: OpOverload, args: tuple[Any, ...], result: Any, *, devic
 
 
 def _correct_convolution(
-    func: OpOverload, args: tuple[Any, ...], result: Any, *, device: Device
+    func: OpOverload, args: tuple[Any, ...], result: Any, *, device: DeviceKind
 ) -> Any:
     """Lay out what a convolution returns as the kernel does that would be chosen."""
     name = func._schema.name.removeprefix("aten::")
@@ -167,7 +167,12 @@ def _correct_convolution(
 
 
 def convolution_layout(
-    inputs: Tensor, weight: Tensor, bias: Tensor | None, options: Sequence[Any], *, device: Device
+    inputs: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    options: Sequence[Any],
+    *,
+    device: DeviceKind,
 ) -> torch.memory_format:
     """How the tensors lie that a convolution reads and returns.
 

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from effseg.devices import DeviceKind
 from effseg.errors import PlanError
 from effseg.memory.cuda_rules import CudaRules
 from effseg.memory.cuda_workspace import CudaCard
 from effseg.memory.hollow import HollowFunctions, HollowMode, hollow, hollow_empty
 from effseg.memory.report import MemoryReport
-from effseg.memory.shapes import Device, UnknownValueError
+from effseg.memory.shapes import UnknownValueError
 from effseg.memory.simulated import SimulatedCard
 from effseg.memory.tracker import MemoryTracker
 
@@ -29,7 +30,7 @@ def trace_peak(
     label_dtype: torch.dtype = torch.int64,
     optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] | None = None,
     autocast: torch.dtype | None = None,
-    device: Device = "cuda",
+    device: DeviceKind = "cuda",
     card: CudaCard | None = None,
 ) -> MemoryReport:
     """Predict the memory of one training step: forward, loss, backward, optimizer.
@@ -105,7 +106,7 @@ def trace_forward(
     input_shape: Sequence[int],
     *,
     autocast: torch.dtype | None = None,
-    device: Device = "cuda",
+    device: DeviceKind = "cuda",
     card: CudaCard | None = None,
 ) -> MemoryReport:
     """Predict the memory of one pass without gradients, the module in eval mode.
@@ -148,7 +149,7 @@ def _on_card(report: MemoryReport, simulated: SimulatedCard) -> MemoryReport:
 
 @contextmanager
 def _hollow_world(
-    module: nn.Module, device: Device, simulated: SimulatedCard | None
+    module: nn.Module, device: DeviceKind, simulated: SimulatedCard | None
 ) -> Iterator[MemoryTracker]:
     """Where new tensors are hollow, with a tracker; what needs values is refused by name."""
     tracker = MemoryTracker(card=simulated)
@@ -165,7 +166,7 @@ def _hollow_world(
 
 
 @contextmanager
-def _autocast(dtype: torch.dtype | None, device: Device) -> Iterator[None]:
+def _autocast(dtype: torch.dtype | None, device: DeviceKind) -> Iterator[None]:
     """The device's rules for mixed precision."""
     with ExitStack() as rules:
         if dtype is not None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from effseg.errors import PlanError
-from effseg.kernels.tiles import accumulator_dtype, contiguous_rows
+from effseg.kernels.tiles import accumulator_dtype, channels_last
 from effseg.networks.norm import (
     Norm,
     build_norm,
@@ -217,7 +217,7 @@ class DenseBlock(nn.Module):
         layers = self.layers()
         first, dtype = layers[0], compute_dtype(segments[0])
         if not joined:
-            segments = tuple(contiguous_rows(segment, dtype) for segment in segments)
+            segments = tuple(channels_last(segment, dtype) for segment in segments)
         wide = accumulator_dtype(dtype)
         step = Step(
             n_layers=len(layers),

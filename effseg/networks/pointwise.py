@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from effseg.kernels import refuse_second_derivative
 from effseg.kernels.norm import affine_combine, deferred_terms
 from effseg.kernels.pointwise import affine_act_linear, affine_act_linear_backward
-from effseg.kernels.tiles import accumulator_dtype, contiguous_rows, from_rows, to_rows
+from effseg.kernels.tiles import accumulator_dtype, channels_last, from_rows, to_rows
 from effseg.memory.recompute import recompute
 from effseg.networks.norm import (
     Norm,
@@ -110,7 +110,7 @@ class _SharedNormActConv(torch.autograd.Function):
             *state.affine(gain, bias),
             weight.flatten(1).to(rows[0].dtype),
             ctx.slope,
-            to_rows(contiguous_rows(gradient, rows[0].dtype)),
+            to_rows(channels_last(gradient, rows[0].dtype)),
             [to_rows(part) for part in into],
         )
         gain_gradient = state.gain_gradient(sum_g, sum_gx)
@@ -188,7 +188,7 @@ class NormActConv(nn.Module):
 
     def _shared(self, segments: tuple[Tensor, ...]) -> Tensor:
         dtype = compute_dtype(segments[0])
-        segments = tuple(contiguous_rows(segment, dtype) for segment in segments)
+        segments = tuple(channels_last(segment, dtype) for segment in segments)
         state = self.state(segments)
         result: Tensor = _SharedNormActConv.apply(  # type: ignore[no-untyped-call]
             state, self.slope, self.norm.weight, self.norm.bias, self.conv.weight, *segments
