@@ -6,6 +6,7 @@ tensors with the same tracker. `resident_bytes` and its like ask the operating s
 """
 
 from effseg.memory.cuda_workspace import CudaCard
+from effseg.memory.heap import mapped_blocks
 from effseg.memory.measure import measure_peak
 from effseg.memory.policy import Policy, apply_policy, choose_policy, remove_policy
 from effseg.memory.report import MemoryEvent, MemoryReport
@@ -20,6 +21,7 @@ __all__ = [
     "Policy",
     "apply_policy",
     "choose_policy",
+    "mapped_blocks",
     "measure_peak",
     "peak_resident_bytes",
     "remove_policy",

@@ -44,7 +44,9 @@ class MemoryReport:
         timeline: in the order of execution; empty where no operator ran.
         reserved_bytes: what CUDA's caching allocator holds for it, in use or not, as
             `torch.cuda.max_memory_reserved`; None on a CPU.
-        device_bytes: what nvidia-smi shows: reserved bytes and the CUDA context; None on a CPU.
+        device_bytes: what nvidia-smi shows: reserved bytes and the CUDA context. Of a step traced
+            for a CPU, the resident memory it takes where large blocks are mapped
+            (`mapped_blocks`). None where it was measured on a CPU: `PeakResident` asks the system.
     """
 
     peak_bytes: int
@@ -85,11 +87,10 @@ class MemoryReport:
             f"peak {format_bytes(self.peak_bytes)}, saved {format_bytes(self.saved_bytes)}, "
             f"parameters {format_bytes(self.parameter_bytes)}"
         )
-        if self.reserved_bytes is not None and self.device_bytes is not None:
-            text += (
-                f", reserved {format_bytes(self.reserved_bytes)}, "
-                f"device {format_bytes(self.device_bytes)}"
-            )
+        if self.reserved_bytes is not None:
+            text += f", reserved {format_bytes(self.reserved_bytes)}"
+        if self.device_bytes is not None:
+            text += f", device {format_bytes(self.device_bytes)}"
         event = self.peak_event
         if event is None:
             return text

@@ -15,6 +15,7 @@ from effseg.errors import PlanError
 from effseg.memory.cuda_rules import CudaRules
 from effseg.memory.cuda_workspace import CudaCard
 from effseg.memory.hollow import HollowFunctions, HollowMode, hollow, hollow_empty
+from effseg.memory.host_workspace import HOST_BYTES, scratch_bytes
 from effseg.memory.report import MemoryReport
 from effseg.memory.shapes import UnknownValueError
 from effseg.memory.simulated import SimulatedCard
@@ -40,10 +41,11 @@ def trace_peak(
     need it. It runs on a copy of the module whose tensors hold no memory, in the mode (train or
     eval) the module is in.
 
-    With `device="cpu"` every number equals, to the byte, what `measure_peak` counts for the same
-    step. With "cuda" autocast follows CUDA's rules, an optimizer that leaves `foreach` open takes
-    it, kernels take their workspaces, and CUDA's caching allocator is simulated, over this step and
-    the next: `reserved_bytes` is what it then holds.
+    With `device="cpu"` tensor bytes equal, to the byte, what `measure_peak` counts for the same
+    step, and `device_bytes` is what the process then takes of the system within `mapped_blocks`:
+    convolutions' own copies, and a few MiB. With "cuda" autocast follows CUDA's rules, an optimizer
+    that leaves `foreach` open takes it, kernels take their workspaces, and CUDA's caching allocator
+    is simulated, over this step and the next: `reserved_bytes` is what it then holds.
 
     Args:
         module: any network that takes one tensor; its weights may lie anywhere, on "meta" too.
@@ -98,6 +100,8 @@ def trace_peak(
             # the next step, beside an optimizer's state that lies where activations lay before
             simulated.repeat(slice(start, stop), slice(resume, None))
             report = _on_card(report, simulated)
+        else:
+            report = _on_host(report, tracker)
     return report
 
 
@@ -134,7 +138,7 @@ def trace_forward(
         with tracker, _autocast(autocast, device):
             net(batch)
     report = tracker.report()
-    return report if simulated is None else _on_card(report, simulated)
+    return _on_host(report, tracker) if simulated is None else _on_card(report, simulated)
 
 
 def _requests(simulated: SimulatedCard | None) -> int:
@@ -147,12 +151,16 @@ def _on_card(report: MemoryReport, simulated: SimulatedCard) -> MemoryReport:
     )
 
 
+def _on_host(report: MemoryReport, tracker: MemoryTracker) -> MemoryReport:
+    return replace(report, device_bytes=tracker.working_bytes + HOST_BYTES)
+
+
 @contextmanager
 def _hollow_world(
     module: nn.Module, device: DeviceKind, simulated: SimulatedCard | None
 ) -> Iterator[MemoryTracker]:
     """Where new tensors are hollow, with a tracker; what needs values is refused by name."""
-    tracker = MemoryTracker(card=simulated)
+    tracker = MemoryTracker(card=simulated, scratch=scratch_bytes if device == "cpu" else None)
     try:
         with torch.random.fork_rng(devices=()), HollowFunctions(), HollowMode(device=device):
             yield tracker

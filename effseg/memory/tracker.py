@@ -5,13 +5,14 @@ storage of every tensor that goes in or comes out and hears when that storage di
 their storage and count once. It never looks at a value, so real and hollow tensors are counted by
 the same code, and a traced step equals a measured one to the byte.
 
-What it cannot see is a kernel's own scratch space; for a CUDA card that is reckoned, and each
-storage takes the block that CUDA's allocator would hand out.
+What it cannot see is a kernel's own scratch space; in a trace that is reckoned: for a CUDA card it
+counts as CUDA counts it, and each storage takes the block that CUDA's allocator would hand out; for
+a CPU it stands in a figure of its own, `working_bytes`.
 """
 
 import gc
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Self
@@ -50,7 +51,11 @@ class _Storage(weakref.ref[torch.UntypedStorage]):
 
 @dataclass(slots=True)
 class _Stretch:
-    """A timeline event in the making; bytes are relative to what was inherited."""
+    """A timeline event in the making; bytes are relative to what was inherited.
+
+    Attributes:
+        working: the most on the host, operators' scratch included.
+    """
 
     module: str
     phase: Phase
@@ -58,6 +63,7 @@ class _Stretch:
     peak: list[int]
     end: list[int]
     saved: int = 0
+    working: int = 0
 
 
 class MemoryTracker(TorchDispatchMode):
@@ -71,11 +77,18 @@ class MemoryTracker(TorchDispatchMode):
     Args:
         card: where all of this is meant to happen: storages take its blocks, and what its kernels
             need beside tensors counts. None: storages count by their length.
+        scratch: what an operator takes on the host beside tensors, by name, arguments and result.
     """
 
-    def __init__(self, *, card: SimulatedCard | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        card: SimulatedCard | None = None,
+        scratch: Callable[[str, Sequence[Any], Any], int] | None = None,
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._card = card
+        self._scratch = scratch
         self._storages: dict[int, _Storage] = {}
         self._inherited = [0, 0]
         self._relative = [0, 0]
@@ -193,6 +206,10 @@ class MemoryTracker(TorchDispatchMode):
             self._inherited[HOST] += kept  # a step in the middle of a training finds it there
             self._add(HOST, passing)
             self._add(HOST, -passing)
+        elif self._scratch is not None:
+            passing = self._scratch(func._schema.name, args, result)
+            last = self._stretches[-1]
+            last.working = max(last.working, self._relative[HOST] + passing)
         return result
 
     def _meet_all(self, values: tuple[Any, ...] | list[Any], *, inherited: bool) -> None:
@@ -248,6 +265,12 @@ class MemoryTracker(TorchDispatchMode):
         """ACCELERATOR if anything was counted there, else HOST."""
         peaks = (stretch.peak[ACCELERATOR] for stretch in self._stretches)
         return ACCELERATOR if self._inherited[ACCELERATOR] or any(peaks) else HOST
+
+    @property
+    def working_bytes(self) -> int:
+        """The most that lives at once on the host, operators' scratch included."""
+        peaks = (max(stretch.peak[HOST], stretch.working) for stretch in self._stretches)
+        return self._inherited[HOST] + max(peaks, default=0)
 
     def report(self) -> MemoryReport:
         """What was counted."""

@@ -32,7 +32,7 @@ batch of them allows: where something lies in the case is then there to be learn
 HOST_RESERVE_BYTES = 144 * 2**20
 """Of a CPU's budget, for what is no tensor: threads' buffers, the convolutions' own workspace."""
 HOST_SLACK = 1.1
-"""Resident memory over tensor bytes: freed memory that the allocator keeps."""
+"""Resident memory over tensor bytes: freed memory that the C library keeps on its heap."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,8 @@ class Question:
             device=self.device,
         )
         # the averaged weights stand beside the network's own
-        if report.device_bytes is not None:
+        if self.device == "cuda":
+            assert report.device_bytes is not None
             peak = report.device_bytes + report.parameter_bytes
         else:
             tensors = report.peak_bytes + report.parameter_bytes

@@ -1,0 +1,51 @@
+"""Whether the C library gives freed memory back to the system at once.
+
+glibc maps blocks of 32 MiB and more one by one, and keeps smaller ones on a heap once it has seen
+them freed. There they lie between what still lives, and a training step's activations fit into the
+gaps badly: resident memory is 1.1 to 2.1 times what tensors take, by no rule that could be told
+beforehand. Mapped one by one, it is what tensors take and a few MiB. The price is that the system
+clears each page anew (mallopt(3), M_MMAP_THRESHOLD).
+"""
+
+import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+
+MAPPED_BYTES = 128 * 1024
+"""From this size on a block is mapped. glibc's own, until it has seen a larger one freed."""
+KEPT_BYTES = 32 * 2**20
+"""What glibc raises it to in the end (DEFAULT_MMAP_THRESHOLD_MAX)."""
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Of mallopt, in malloc.h."""
+
+
+@contextmanager
+def mapped_blocks() -> Iterator[bool]:
+    """Map large blocks one by one, in the whole process; yields whether the C library can.
+
+    Afterwards glibc is left as it is after a while of work with large blocks: it keeps those below
+    32 MiB, but no longer changes its mind by what it sees.
+    """
+    libc = _glibc()
+    if libc is None:
+        yield False
+        return
+    libc.mallopt(M_MMAP_THRESHOLD, MAPPED_BYTES)
+    libc.malloc_trim(0)
+    try:
+        yield True
+    finally:
+        libc.mallopt(M_MMAP_THRESHOLD, KEPT_BYTES)
+        libc.mallopt(M_TRIM_THRESHOLD, 2 * KEPT_BYTES)
+
+
+@cache
+def _glibc() -> ctypes.CDLL | None:
+    """The C library, if it is glibc."""
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        libc.gnu_get_libc_version  # noqa: B018  # other C libraries have no such symbol
+    except (OSError, AttributeError):
+        return None
+    return libc

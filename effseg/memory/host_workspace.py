@@ -1,0 +1,76 @@
+"""What a training step takes on a CPU beside tensors: convolutions' own copies.
+
+oneDNN convolves channels in blocks as wide as a vector register. Where channels are not innermost
+torch's convolution copies its operands to that layout and its result back, in memory that no tensor
+owns (`ONEDNN_VERBOSE=1` prints the reorders). Where they are, it reads and writes in place.
+torch's own kernel, for small single samples, lays out a column of each voxel's neighbourhood
+(slow_conv3d in aten/src/ATen/native/ConvolutionMM3d.cpp).
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from effseg.memory.shapes import convolution_layout
+
+HOST_BYTES = 16 * 2**20
+"""Threads' stacks, the libraries' compiled kernels and tables: what a first step leaves. Measured
+with and without threads as 11 to 20 MiB over seven networks."""
+VECTOR_BYTES = {"AVX512": 64, "AVX2": 32}
+"""By `torch.backends.cpu.get_cpu_capability()`; channels fill such a vector."""
+
+BLOCKED = {"Mkldnn", "MkldnnTranspose"}
+COLUMNS = {"Slow2d", "Slow3d"}
+
+
+def scratch_bytes(name: str, args: Sequence[Any], result: Any) -> int:
+    """What an operator takes while it runs, beside its arguments and results.
+
+    Args:
+        name: the schema's, `aten::convolution`.
+        args: of the call; of tensors, shapes and strides are looked at.
+        result: of the call.
+    """
+    if name == "aten::convolution":
+        inputs, weight, bias, *options = args
+        return _of_convolution(result, inputs, weight, bias, options, backward=False)
+    if name == "aten::convolution_backward":
+        gradient, inputs, weight, _, *options, _ = args
+        return _of_convolution(gradient, inputs, weight, None, options, backward=True)
+    return 0
+
+
+def _of_convolution(
+    output: Tensor,
+    inputs: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    options: Sequence[Any],
+    *,
+    backward: bool,
+) -> int:
+    """Of a convolution in either direction; backward takes one of its two halves at a time."""
+    stride, padding, dilation, transposed, output_padding, groups = options
+    kernel = torch._C._select_conv_backend(
+        inputs, weight, bias, stride, padding, dilation, transposed, output_padding, groups, None
+    ).name
+    if kernel in COLUMNS:
+        if math.prod(weight.shape[2:]) == 1 and not backward:
+            return 0  # the input is its own columns; their gradient is a tensor apart all the same
+        places = output.shape[0] * math.prod(output.shape[2:])
+        return weight[0].numel() * places * weight.element_size()
+    layout = convolution_layout(inputs, weight, bias, options, device="cpu")
+    if kernel in BLOCKED and layout == torch.contiguous_format:
+        return sum(map(_blocked_bytes, (inputs, output, weight)))
+    return 0
+
+
+def _blocked_bytes(tensor: Tensor) -> int:
+    """Of a copy whose channels fill whole vectors."""
+    n_channels, n_bytes = tensor.shape[1], tensor.element_size()
+    vector = VECTOR_BYTES.get(torch.backends.cpu.get_cpu_capability(), n_bytes)
+    width = max(1, vector // n_bytes)
+    return tensor.numel() // n_channels * (-(-n_channels // width) * width) * n_bytes

@@ -1,0 +1,124 @@
+"""What the system counts of a training step on a CPU: told beforehand, and given back."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from effseg.memory import PeakResident, mapped_blocks, resident_bytes, trace_forward, trace_peak
+from effseg.memory.host_workspace import HOST_BYTES, VECTOR_BYTES
+
+MIB = 2**20
+WIDTH = VECTOR_BYTES.get(torch.backends.cpu.get_cpu_capability(), 4) // 4
+"""Channels of float32 in a vector."""
+linux = pytest.mark.skipif(sys.platform != "linux", reason="/proc and glibc are Linux's")
+
+
+def working(conv, shape, *, innermost=False):
+    """Scratch bytes of one pass of a convolution: what its trace takes beyond its tensors."""
+    if innermost:
+        conv = conv.to(memory_format=torch.channels_last_3d)
+    report = trace_forward(conv, shape, device="cpu")
+    return report.device_bytes - HOST_BYTES - report.peak_bytes
+
+
+def blocked(n, channels, *space):
+    """Floats of a copy whose channels fill vectors, in bytes."""
+    n_values = n * -(-channels // WIDTH) * WIDTH
+    for length in space:
+        n_values *= length
+    return 4 * n_values
+
+
+def test_a_convolution_copies_what_is_not_channels_last():
+    conv = nn.Conv3d(20, 40, 3, padding=1, bias=False)
+    copies = blocked(2, 20, 8, 8, 8) + blocked(2, 40, 8, 8, 8) + blocked(40, 20, 3, 3, 3)
+    assert working(conv, (2, 20, 8, 8, 8)) == copies
+    assert working(conv, (2, 20, 8, 8, 8), innermost=True) == 0
+
+
+def test_a_single_channel_is_copied_as_a_whole_vector_of_them():
+    conv = nn.Conv3d(1, 16, 3, padding=1, bias=False)
+    copies = blocked(2, 1, 8, 8, 8) + blocked(2, 16, 8, 8, 8) + blocked(16, 1, 3, 3, 3)
+    assert working(conv, (2, 1, 8, 8, 8)) == copies
+
+
+def test_a_small_single_sample_is_laid_out_in_columns():
+    conv = nn.Conv3d(4, 2, 3, padding=1, bias=False)
+    assert working(conv, (1, 4, 5, 6, 7)) == 4 * 27 * (5 * 6 * 7) * 4
+
+
+def test_a_step_counts_scratch_where_it_is_needed_and_no_optimizer_state_twice():
+    """Between two layers that keep much, the copies of a small one are not the peak."""
+    wide = nn.Sequential(nn.Conv3d(1, 2, 3, padding=1), nn.Flatten(), nn.Linear(2 * 8**3, 4000))
+    report = trace_peak(wide, (2, 1, 8, 8, 8), device="cpu", optimizer=torch.optim.AdamW)
+    assert report.device_bytes == report.peak_bytes + HOST_BYTES
+
+
+STEP = """
+import sys
+from functools import partial
+import torch
+from monai.networks.nets import BasicUNet, SegResNet
+from torch import nn
+from effseg.losses import DiceCELoss
+from effseg.memory import PeakResident, mapped_blocks, trace_peak
+
+torch.set_num_threads(2)
+build = {
+    "BasicUNet": lambda: BasicUNet(3, 1, 2, features=(16, 16, 32, 64, 128, 16)),
+    "SegResNet": lambda: SegResNet(3, init_filters=16, in_channels=1, out_channels=2),
+    "innermost": lambda: SegResNet(3, init_filters=16, in_channels=1, out_channels=2).to(
+        memory_format=torch.channels_last_3d
+    ),
+}[sys.argv[1]]
+shape, space, loss = (2, 1, 48, 48, 48), (2, 48, 48, 48), DiceCELoss()
+expected = trace_peak(
+    build(), shape, loss=loss, label_shape=space, label_dtype=torch.uint8,
+    optimizer=partial(torch.optim.AdamW, lr=1e-3), device="cpu",
+).device_bytes
+with mapped_blocks():
+    conv = nn.Conv3d(2, 2, 3)
+    conv(torch.zeros(2, 2, 8, 8, 8)).sum().backward()
+    resident = PeakResident().start()
+    network = build()
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
+    for _ in range(3):
+        image, label = torch.randn(shape), torch.randint(0, 2, space, dtype=torch.uint8)
+        optimizer.zero_grad()
+        value = loss(network(image), label)
+        value.backward()
+        optimizer.step()
+        del value, image, label
+    print(expected, resident.stop())
+"""
+
+
+@linux
+@pytest.mark.parametrize("name", ["BasicUNet", "SegResNet", "innermost"])
+def test_resident_memory_of_training_is_what_the_trace_said(name):
+    pytest.importorskip("monai")
+    ended = subprocess.run(
+        [sys.executable, "-c", STEP, name], capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 0, ended.stderr
+    expected, measured = map(int, ended.stdout.split())
+    assert measured == pytest.approx(expected, rel=0.05)
+
+
+@linux
+def test_mapped_blocks_are_given_back_when_they_are_freed():
+    with mapped_blocks() as mapped:
+        if not mapped:
+            pytest.skip("the C library is not glibc")
+        resident = PeakResident().start()
+        before = resident_bytes()
+        several = [torch.ones(4 * MIB // 4) for _ in range(32)]
+        assert resident_bytes() - before >= 120 * MIB
+        kept = several[31]  # what lives on top keeps a heap from shrinking
+        del several
+        assert resident_bytes() - before <= 16 * MIB
+        assert float(kept.sum()) == MIB
+    assert resident.stop() >= 120 * MIB
