@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from effseg.kernels import norm, pointwise, tiles
+from effseg.kernels.cuda.dispatch import triton_is_installed
 from effseg.memory import CudaCard, measure_peak, trace_forward, trace_peak
 from effseg.memory.cuda_workspace import (
     OLDER_CUBLAS_BYTES,
@@ -167,17 +168,32 @@ def test_tiles_that_live_at_once_are_counted(operator, dtype, monkeypatch):
     assert expected - 0.1 <= n_tiles <= expected + 0.15  # beside them, sums of a few channels
 
 
-def test_tiles_of_a_card_are_its_own():
+def test_tiles_of_a_card_without_triton_are_its_own():
+    card = CudaCard(triton=False)
     rows = hollow_empty((1, 128**3, 64), LOW)
-    scratch = scratch_of("effseg::affine_act_linear", ([rows],), None, CudaCard())
+    scratch = scratch_of("effseg::affine_act_linear", ([rows],), None, card)
     assert scratch == Scratch((tiles.TILE_BYTES["cuda"],) * 2, cublas=True)
     halves = [rows[:, :, :32], rows[:, :, 32:]]
-    scratch = scratch_of("effseg::affine_act_linear", (halves,), None, CudaCard())
+    scratch = scratch_of("effseg::affine_act_linear", (halves,), None, card)
     beside = tiles.TILE_BYTES["cuda"] // 2  # the segments' tile side by side, in their type
     assert scratch == Scratch((*(tiles.TILE_BYTES["cuda"],) * 2, beside), cublas=True)
-    few = scratch_of("effseg::moments", (rows[:, :100],), None, CudaCard())
+    few = scratch_of("effseg::moments", (rows[:, :100],), None, card)
     assert few == Scratch((100 * 64 * 4,) * 2)
-    assert scratch_of("aten::add", (rows, rows), rows, CudaCard()) is None
+    assert scratch_of("aten::add", (rows, rows), rows, card) is None
+
+
+def test_kernels_of_a_card_take_partial_sums_and_no_tiles():
+    rows, row = hollow_empty((1, 128**3, 64), LOW), torch.ones(1, 64)
+    weight = hollow_empty((32, 64), LOW)
+    given = ([rows], row, row, weight, 0.0)
+    assert scratch_of("effseg::affine_act_linear", given, None, CudaCard()) is None
+    gradient = hollow_empty((1, 128**3, 32), LOW)
+    name = "effseg::affine_act_linear_backward"
+    scratch = scratch_of(name, (*given, gradient, [rows]), None, CudaCard())
+    assert scratch == Scratch((512 * 32 * 64 * 4, 2 * 512 * 64 * 4))
+    exact = rows.to(torch.float32)
+    tiled = scratch_of("effseg::affine_act_linear", ([exact], *given[1:]), None, CudaCard())
+    assert tiled == Scratch((tiles.TILE_BYTES["cuda"],), cublas=True)  # torch's, in full precision
 
 
 def test_cublas_takes_its_workspace_once_for_forward_and_once_for_backward():
@@ -303,6 +319,7 @@ def test_a_card_is_described_as_it_stands_there(pretended_card, monkeypatch):
         cublas_bytes=OLDER_CUBLAS_BYTES,
         cudnn_version=91701,
         context_bytes=550,
+        triton=triton_is_installed(),
         expandable_segments=True,
     )
     assert bytes_beyond_allocator(0) == 0

@@ -9,7 +9,8 @@ where such figures are set: `benchmarks/cuda_trace.py` compares them with a real
   aten/src/ATen/native/Convolution.cpp, slow_conv_dilated3d in cuda/NaiveDilatedConvolution.cu).
 - Convolution by cuDNN: copies of its operands with channels innermost, as its tensor-core kernels
   want them; nothing for 1x1, which is a matrix product. Estimate.
-- Our own tile operators: a few tiles (effseg/kernels/tiles.py; a test counts them).
+- Our own operators: partial sums of their Triton kernels (effseg/kernels/cuda/partials.py), or
+  a few tiles where torch's operators run instead (effseg/kernels/tiles.py). Tests count both.
 - Context: the driver's, with the kernels and handles loaded so far. Estimate, or measured.
 """
 
@@ -22,6 +23,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from effseg.kernels.cuda.dispatch import triton_is_installed
+from effseg.kernels.cuda.partials import partial_bytes
 from effseg.kernels.tiles import accumulator_dtype, tile_length
 from effseg.memory.shapes import convolution_layout
 from effseg.plans import Config
@@ -87,6 +90,10 @@ class CudaCard(Config):
         ge=0,
         description="what nvidia-smi shows beyond the allocator's reserved bytes (estimate)",
     )
+    triton: bool = Field(
+        True,
+        description="whether Triton is installed there, as CUDA builds of torch for Linux bring it",
+    )
     expandable_segments: bool = Field(False, description="as in PYTORCH_ALLOC_CONF")
 
     @classmethod
@@ -100,6 +107,7 @@ class CudaCard(Config):
         return cls(
             cublas_bytes=CUBLAS_BYTES.get(major, OLDER_CUBLAS_BYTES),
             context_bytes=bytes_beyond_allocator(torch.cuda.current_device()),
+            triton=triton_is_installed(),
             expandable_segments=expandable_segments,
         )
 
@@ -142,6 +150,9 @@ def scratch_of(name: str, args: Sequence[Any], result: Any, card: CudaCard) -> S
     if name == "aten::convolution_backward":
         gradient, inputs, weight = args[:3]
         return _convolution(gradient, inputs, weight, args[4:10], (gradient, inputs, weight), card)
+    partials = partial_bytes(name, args) if card.triton else None
+    if partials is not None:
+        return Scratch(partials) if partials else None
     cublas = name in CUBLAS_OPERATORS
     if name in TILES:
         segments = [args[0]] if isinstance(args[0], Tensor) else args[0]
