@@ -1,7 +1,8 @@
 """Compile every kernel for a card that need not be here: `compiled_kernels.py 90`.
 
-Prints each kernel's name and shared memory in bytes. `test_cuda_kernels.py` runs this file in a
-process of its own, for Triton is made to believe in the card.
+Prints each kernel's name, its shared memory in bytes, and for how many sets of arguments it was
+compiled. `test_cuda_kernels.py` runs this file in a process of its own, for Triton is
+made to believe in the card.
 """
 
 import sys
@@ -14,6 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 SIZES["largest blocks"] = (1, 4096, (64,), 128, 1)
+SIZES["of another layer"] = (1, 77, (56,), 126, 1)
 
 
 class Card:
@@ -29,15 +31,15 @@ class Card:
         return 0
 
 
-def compile_only() -> dict[str, int]:
-    """Let kernels be compiled where they would be launched; their shared memory, as it is found."""
-    shared: dict[str, int] = {}
+def compile_only() -> dict[str, dict[str, int]]:
+    """Let kernels be compiled where they would be launched; the shared memory of each way."""
+    shared: dict[str, dict[str, int]] = {}
     run = triton.JITFunction.run
 
     def compiled(self, *args, grid, warmup, **options):
         kernel = run(self, *args, grid=grid, warmup=True, **options)
         assert kernel.asm["cubin"]
-        shared[self.fn.__name__] = kernel.metadata.shared
+        shared.setdefault(self.fn.__name__, {})[kernel.hash] = kernel.metadata.shared
 
     triton.JITFunction.run = compiled
     driver.set_active(Card())
@@ -49,6 +51,7 @@ if __name__ == "__main__":
     for name, operator in OPERATORS.items():
         module = operator._init_fn.__module__.rpartition(".")[2]
         kernel = getattr(import_module(f"effseg.kernels.cuda.{module}"), name)
-        kernel(*arguments(name, "largest blocks", torch.bfloat16))
-    for name, n_bytes in found.items():
-        print(name, n_bytes)
+        for size in ("largest blocks", "of another layer"):
+            kernel(*arguments(name, size, torch.bfloat16))
+    for name, ways in found.items():
+        print(name, max(ways.values()), len(ways))

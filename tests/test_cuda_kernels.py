@@ -4,6 +4,7 @@ import logging
 import os
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -45,9 +46,10 @@ def test_the_kernels_give_the_operators_numbers_in_tritons_interpreter() -> None
 @pytest.mark.parametrize("capability", [80, 90, 120])
 def test_the_kernels_compile_for_cards_that_are_not_here(capability, tmp_path) -> None:
     output = run_with_triton("compiled_kernels.py", str(capability), TRITON_CACHE_DIR=str(tmp_path))
-    shared = {line.split()[0]: int(line.split()[1]) for line in output.splitlines()}
+    shared, ways = zip(*(map(int, line.split()[1:]) for line in output.splitlines()), strict=True)
     assert len(shared) == 9
-    assert max(shared.values()) <= 99 * 1024  # what a program has on the smallest of them
+    assert max(shared) <= 99 * 1024  # what a program has on the smallest of them
+    assert max(ways) <= 2  # by alignment: another layer is no reason to compile anew
 
 
 @needs_triton
@@ -109,21 +111,19 @@ def test_nothing_and_channels_apart_and_many_classes_have_no_kernel() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("tf32")
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("name", OPERATORS)
-def test_a_card_gives_the_operators_numbers(name, size, dtype, caplog) -> None:
-    given = arguments(name, size, dtype, device="cuda")
-    exact = copied(given, torch.float64)
-    expected = results(name, OPERATORS[name]._init_fn, exact)
-    again = copied(given)
-    with caplog.at_level(logging.WARNING, logger="effseg"):
-        found = results(name, OPERATORS[name], given)
-    assert not caplog.records  # the kernel did run
-    assert all(map(torch.equal, found, results(name, OPERATORS[name], again)))
-    matrices = KERNELS[OPERATORS[name]] is not fits_rows
-    rounded = dtype == torch.float32 and matrices  # to tf32, of as many bits as float16
-    assert_agree(found, expected, TOLERANCE[torch.float16 if rounded else dtype])
+def test_a_card_gives_the_operators_numbers_and_the_same_each_time(name, caplog) -> None:
+    for size, dtype in product(SIZES, TOLERANCE):
+        given = arguments(name, size, dtype, device="cuda")
+        again, exact = copied(given), copied(given, torch.float64)
+        with caplog.at_level(logging.WARNING, logger="effseg"):
+            found = results(name, OPERATORS[name], given)
+        assert not caplog.records  # the kernel did run
+        assert all(map(torch.equal, found, results(name, OPERATORS[name], again)))
+        matrices = KERNELS[OPERATORS[name]] is not fits_rows
+        rounded = dtype == torch.float32 and matrices  # to tf32, of as many bits as float16
+        expected = results(name, OPERATORS[name]._init_fn, exact)
+        assert_agree(found, expected, TOLERANCE[torch.float16 if rounded else dtype])
 
 
 @pytest.mark.gpu

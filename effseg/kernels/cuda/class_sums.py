@@ -7,7 +7,7 @@ from torch import Tensor
 
 from effseg.kernels.class_sums import N_SUMS
 from effseg.kernels.cuda.blocks import LARGEST_CLASSES, Cut, block_of, cut_head, unit_of
-from effseg.kernels.cuda.launch import dense, launch, precision_of, row_stride
+from effseg.kernels.cuda.launch import VARYING, dense, launch, precision_of, row_stride, strides
 from effseg.kernels.cuda.pointwise import activated, before_activation
 
 
@@ -24,22 +24,24 @@ def head_sums(
 ) -> Tensor:
     """The sums of the logits: float32 within a block of voxels, float64 beyond."""
     n_samples, n_voxels, n_channels = rows.shape
+    weight = dense(weight)
     n_classes = weight.shape[0]
     block_k = block_of(n_classes, LARGEST_CLASSES)
     cut = cut_head(n_samples, n_voxels, n_channels, n_classes)
+    unit = unit_of(n_channels, weight.stride(0), *strides(rows))
     sums = rows.new_empty(n_samples, cut.n_runs, N_SUMS, n_classes, dtype=torch.float64)
     launch(
         _head_sums_of_runs,
         (cut.n_runs, n_samples),
         rows.device,
-        *_head(rows, weight, bias, scale, shift, labels, cut),
+        *_head(rows, weight, bias, scale, shift, labels, cut, unit),
         sums,
         n_warps=4 if block_k <= 64 else 8,
         ignore_label=ignore_label,
         focal_gamma=focal_gamma,
         n_sums=N_SUMS,
         slope=slope,
-        unit=unit_of(n_channels, rows.stride(1)),
+        unit=unit,
         precision=precision_of(rows.dtype),
         block_v=cut.block_v,
         block_c=cut.block_c,
@@ -62,10 +64,12 @@ def head_sums_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Backward of `head_sums`; programs that share voxels each make their logits anew."""
     n_samples, n_voxels, n_channels = rows.shape
+    weight = dense(weight)
     n_classes = weight.shape[0]
     block_k = block_of(n_classes, LARGEST_CLASSES)
     cut = cut_head(n_samples, n_voxels, n_channels, n_classes)
     into = torch.empty_like(rows)
+    unit = unit_of(n_channels, weight.stride(0), *strides(rows), *strides(into))
     of_weight, of_bias = (
         rows.new_empty(n_samples * cut.n_runs, n_classes, *width, dtype=torch.float32)
         for width in ((n_channels,), ())
@@ -77,10 +81,11 @@ def head_sums_backward(
         _head_sums_backward_of_runs,
         (cut.n_blocks_c * cut.n_runs, n_samples),
         rows.device,
-        *_head(rows, weight, bias, scale, shift, labels, cut),
+        *_head(rows, weight, bias, scale, shift, labels, cut, unit),
         gradient.to(torch.float32).contiguous(),
         into,
-        *into.stride(),
+        *(stride // unit for stride in strides(into)),
+        into.stride(2),
         of_weight,
         of_bias,
         of_norm[0],
@@ -91,7 +96,7 @@ def head_sums_backward(
         focal_gamma=focal_gamma,
         n_sums=N_SUMS,
         slope=slope,
-        unit=unit_of(n_channels, rows.stride(1)),
+        unit=unit,
         precision=precision_of(rows.dtype),
         block_v=cut.block_v,
         block_c=cut.block_c,
@@ -114,21 +119,19 @@ def _head(
     shift: Tensor | None,
     labels: Tensor,
     cut: Cut,
+    unit: int,
 ) -> tuple[object, ...]:
     """What both kernels take first."""
-    unit = unit_of(rows.shape[2], rows.stride(1))
-    weight = dense(weight)
     norm: tuple[object, ...] = (None, 0, None, 0)
     if scale is not None and shift is not None:
         scale, shift = dense(scale), dense(shift)
         norm = (scale, row_stride(scale), shift, row_stride(shift))
     return (
         rows,
-        rows.stride(0),
-        rows.stride(1) // unit,
+        *(stride // unit for stride in strides(rows)),
         rows.stride(2),
         weight,
-        weight.stride(0),
+        weight.stride(0) // unit,
         bias,
         *norm,
         labels,
@@ -141,7 +144,7 @@ def _head(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _head_sums_of_runs(
     rows,
     sample_stride,
@@ -174,13 +177,14 @@ def _head_sums_of_runs(
     block_k: tl.constexpr,
 ):
     voxel_stride *= unit
+    weight_stride *= unit
     n_channels *= unit
     run = tl.program_id(0)
     sample = tl.program_id(1)
     here = tl.arange(0, block_v)
     classes = tl.arange(0, block_k)
     is_class = classes < n_classes
-    rows += sample.to(tl.int64) * sample_stride
+    rows += sample.to(tl.int64) * sample_stride * unit
     labels += sample.to(tl.int64) * label_sample_stride
     if scale is not None:
         scale += sample * scale_stride
@@ -230,7 +234,7 @@ def _head_sums_of_runs(
     tl.store(sums + 4 * n_classes, focal, mask=is_class)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _head_sums_backward_of_runs(
     rows,
     sample_stride,
@@ -272,6 +276,8 @@ def _head_sums_backward_of_runs(
 ):
     """A run of a sample, some channels."""
     voxel_stride *= unit
+    into_voxel_stride *= unit
+    weight_stride *= unit
     n_channels *= unit
     n_blocks_c = tl.cdiv(n_channels, block_c)
     first_channel = tl.program_id(0) % n_blocks_c * block_c
@@ -282,9 +288,9 @@ def _head_sums_backward_of_runs(
     classes = tl.arange(0, block_k)
     is_class = classes < n_classes
     is_channel = channels < n_channels
-    rows += sample.to(tl.int64) * sample_stride
+    rows += sample.to(tl.int64) * sample_stride * unit
     labels += sample.to(tl.int64) * label_sample_stride
-    into += sample.to(tl.int64) * into_sample_stride
+    into += sample.to(tl.int64) * into_sample_stride * unit
     if scale is not None:
         scale += sample * scale_stride
         shift += sample * shift_stride

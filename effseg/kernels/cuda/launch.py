@@ -9,6 +9,22 @@ from torch import Tensor
 
 from effseg.kernels.cuda.dispatch import KernelError, tf32_is_allowed
 
+VARYING = (
+    *("n_samples", "n_voxels", "n_channels", "n_outputs", "n_classes", "widths"),
+    *("n_runs", "run_length", "run_voxels", "n_parts", "weight_stride"),
+    *("sample_stride", "into_sample_stride", "gradient_sample_stride", "out_sample_stride"),
+    *("voxel_stride", "into_voxel_stride", "gradient_voxel_stride", "out_voxel_stride"),
+    *("scale_stride", "shift_stride", "factor_stride", "slope_stride", "offset_stride"),
+    *("sample_strides", "voxel_strides", "label_sample_stride"),
+)
+"""Arguments of kernels that Triton is not to compile anew for: what it would read off their values,
+alignment, they are told by their unit."""
+
+
+def strides(rows: Tensor) -> tuple[int, int]:
+    """From one sample to the next, 0 where there is but one, and from one voxel to the next."""
+    return rows.stride(0) if rows.shape[0] > 1 else 0, rows.stride(1)
+
 
 def row_stride(statistics: Tensor) -> int:
     """From one sample's row of statistics to the next one's; 0 where all share one."""

@@ -6,22 +6,21 @@ import triton.language as tl
 from torch import Tensor
 
 from effseg.kernels.cuda.blocks import cut_rows, n_of, unit_of
-from effseg.kernels.cuda.launch import dense, launch, row_stride
+from effseg.kernels.cuda.launch import VARYING, dense, launch, row_stride, strides
 
 
 def moments(rows: Tensor, over_batch: bool) -> tuple[Tensor, Tensor]:
     """Mean and biased variance, by runs of voxels and then over the runs."""
     n_samples, n_voxels, n_channels = rows.shape
     cut = cut_rows(n_samples, n_voxels, n_channels)
-    unit = unit_of(n_channels, rows.stride(1))
+    unit = unit_of(n_channels, *strides(rows))
     parts = rows.new_empty(2, n_samples, cut.n_runs, n_channels, dtype=torch.float32)
     launch(
         _moments_of_runs,
         (cut.n_blocks_c * cut.n_runs, n_samples),
         rows.device,
         rows,
-        rows.stride(0),
-        rows.stride(1) // unit,
+        *(stride // unit for stride in strides(rows)),
         n_voxels,
         n_channels // unit,
         parts[0],
@@ -54,7 +53,7 @@ def moments(rows: Tensor, over_batch: bool) -> tuple[Tensor, Tensor]:
     return mean, variance
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _moments_of_runs(
     rows,
     sample_stride,
@@ -76,7 +75,7 @@ def _moments_of_runs(
     channels = tl.program_id(0) // n_runs * block_c + tl.arange(0, block_c)
     sample = tl.program_id(1)
     is_channel = channels < n_channels
-    rows += sample.to(tl.int64) * sample_stride
+    rows += sample.to(tl.int64) * sample_stride * unit
     here = tl.arange(0, block_v)
     mean = tl.zeros((block_c,), tl.float32)
     spread = tl.zeros((block_c,), tl.float32)
@@ -102,7 +101,7 @@ def _moments_of_runs(
     tl.store(spreads + to, spread, mask=is_channel)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _moments_of_all(
     means,
     spreads,
@@ -154,17 +153,15 @@ def affine_combine(
     n_samples, n_voxels, n_channels = gradient.shape
     factor, slope, offset = dense(factor), dense(slope), dense(offset)
     cut = cut_rows(n_samples, n_voxels, n_channels)
-    unit = unit_of(n_channels, gradient.stride(1), rows.stride(1))
+    unit = unit_of(n_channels, *strides(gradient), *strides(rows))
     launch(
         _affine_combine,
         (cut.n_blocks_c * n_of(n_voxels, cut.block_v), n_samples),
         gradient.device,
         gradient,
-        gradient.stride(0),
-        gradient.stride(1) // unit,
+        *(stride // unit for stride in strides(gradient)),
         rows,
-        rows.stride(0),
-        rows.stride(1) // unit,
+        *(stride // unit for stride in strides(rows)),
         n_voxels,
         n_channels // unit,
         factor,
@@ -179,7 +176,7 @@ def affine_combine(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _affine_combine(
     gradient,
     gradient_sample_stride,
@@ -209,8 +206,8 @@ def _affine_combine(
     here = tl.arange(0, block_v)
     is_channel = channels < n_channels
     is_value = (first + here < n_voxels)[:, None] & is_channel[None, :]
-    rows += sample.to(tl.int64) * sample_stride + first.to(tl.int64) * voxel_stride
-    gradient += sample.to(tl.int64) * gradient_sample_stride
+    rows += sample.to(tl.int64) * sample_stride * unit + first.to(tl.int64) * voxel_stride
+    gradient += sample.to(tl.int64) * gradient_sample_stride * unit
     gradient += first.to(tl.int64) * gradient_voxel_stride
     x = tl.load(rows + here[:, None] * voxel_stride + channels[None, :], mask=is_value, other=0.0)
     to = gradient + here[:, None] * gradient_voxel_stride + channels[None, :]

@@ -1,7 +1,7 @@
 """Kernels of `effseg.kernels.pointwise`."""
 
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, chain
 
 import torch
 import triton
@@ -18,7 +18,7 @@ from effseg.kernels.cuda.blocks import (
     unit_of,
 )
 from effseg.kernels.cuda.dispatch import KernelError
-from effseg.kernels.cuda.launch import dense, launch, precision_of, row_stride
+from effseg.kernels.cuda.launch import VARYING, dense, launch, precision_of, row_stride, strides
 
 
 def affine_act_linear(
@@ -30,28 +30,31 @@ def affine_act_linear(
     out = segments[0].new_empty(n_samples, n_voxels, n_outputs)
     weight, scale, shift = dense(weight), dense(scale), dense(shift)
     widths = [segment.shape[2] for segment in segments]
-    unit = unit_of(*widths, *(segment.stride(1) for segment in segments))
+    places = [strides(segment) for segment in segments]
+    unit = unit_of(*widths, weight.stride(0), *chain(*places))
     block_v, block_o = 128, block_of(n_outputs, LARGEST_OUTPUTS)
+    output_unit = unit_of(n_outputs)
     launch(
         _affine_act_linear,
         (n_of(n_outputs, block_o) * n_of(n_voxels, block_v), n_samples),
         out.device,
         tuple(segments),
-        tuple(segment.stride(0) for segment in segments),
-        tuple(segment.stride(1) // unit for segment in segments),
+        tuple(sample // unit for sample, _ in places),
+        tuple(voxel // unit for _, voxel in places),
         tuple(width // unit for width in widths),
         scale,
         row_stride(scale),
         shift,
         row_stride(shift),
         weight,
-        weight.stride(0),
+        weight.stride(0) // unit,
         out,
         n_voxels,
-        n_outputs,
+        n_outputs // output_unit,
         n_warps=4 if block_o <= 64 else 8,
         slope=slope,
         unit=unit,
+        output_unit=output_unit,
         precision=precision_of(out.dtype),
         block_v=block_v,
         block_c=block_of(max(widths), LARGEST_CHANNELS * 2 // out.element_size()),
@@ -60,7 +63,7 @@ def affine_act_linear(
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _affine_act_linear(
     segments,
     sample_strides,
@@ -77,11 +80,14 @@ def _affine_act_linear(
     n_outputs,
     slope: tl.constexpr,
     unit: tl.constexpr,
+    output_unit: tl.constexpr,
     precision: tl.constexpr,
     block_v: tl.constexpr,
     block_c: tl.constexpr,
     block_o: tl.constexpr,
 ):
+    n_outputs *= output_unit
+    weight_stride *= unit
     n_blocks_o = tl.cdiv(n_outputs, block_o)
     outputs = tl.program_id(0) % n_blocks_o * block_o + tl.arange(0, block_o)
     first = tl.program_id(0) // n_blocks_o * block_v
@@ -95,7 +101,11 @@ def _affine_act_linear(
     for i in tl.static_range(len(segments)):
         stride = voxel_strides[i] * unit
         width = widths[i] * unit
-        rows = segments[i] + sample.to(tl.int64) * sample_strides[i] + first.to(tl.int64) * stride
+        rows = (
+            segments[i]
+            + sample.to(tl.int64) * sample_strides[i] * unit
+            + first.to(tl.int64) * stride
+        )
         for start in range(0, width, block_c):
             channels = start + tl.arange(0, block_c)
             is_channel = channels < width
@@ -182,7 +192,14 @@ def _segment_backward(
     """
     n_samples, n_voxels, n_channels = rows.shape
     n_outputs = weight.shape[0]
-    unit = unit_of(n_channels, n_outputs, rows.stride(1), into.stride(1), gradient.stride(1))
+    unit = unit_of(
+        n_channels,
+        n_outputs,
+        weight.stride(0),
+        *strides(rows),
+        *strides(into),
+        *strides(gradient),
+    )
     block_o = block_of(n_outputs, LARGEST_OUTPUTS)
     n_blocks_o = n_of(n_outputs, block_o)
     cut = cut_backward(n_voxels, n_channels, n_outputs)
@@ -195,20 +212,17 @@ def _segment_backward(
             (cut.n_blocks_c * cut.n_runs, n_blocks_o if for_weight else 1),
             rows.device,
             rows,
-            rows.stride(0),
-            rows.stride(1) // unit,
+            *(stride // unit for stride in strides(rows)),
             into,
-            into.stride(0),
-            into.stride(1) // unit,
+            *(stride // unit for stride in strides(into)),
             gradient,
-            gradient.stride(0),
-            gradient.stride(1) // unit,
+            *(stride // unit for stride in strides(gradient)),
             scale,
             row_stride(scale),
             shift,
             row_stride(shift),
             weight,
-            weight.stride(0),
+            weight.stride(0) // unit,
             of_weight,
             of_norm[0],
             of_norm[1],
@@ -233,7 +247,7 @@ def _segment_backward(
         torch.sum(partial.view(whole.shape[0], -1, n_channels), 1, out=whole)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _segment_backward_of_runs(
     rows,
     sample_stride,
@@ -272,6 +286,7 @@ def _segment_backward_of_runs(
     voxel_stride *= unit
     into_voxel_stride *= unit
     gradient_voxel_stride *= unit
+    weight_stride *= unit
     n_channels *= unit
     n_outputs *= unit
     n_blocks_c = tl.cdiv(n_channels, block_c)
@@ -302,7 +317,7 @@ def _segment_backward_of_runs(
             is_value = is_voxel[:, None] & is_channel[None, :]
             x = tl.load(
                 rows
-                + tl.cast(sample, tl.int64) * sample_stride
+                + tl.cast(sample, tl.int64) * sample_stride * unit
                 + tl.cast(start, tl.int64) * voxel_stride
                 + here[:, None] * voxel_stride
                 + channels[None, :],
@@ -312,7 +327,7 @@ def _segment_backward_of_runs(
             if for_input:  # asked for early, for it is long in coming
                 to = (
                     into
-                    + tl.cast(sample, tl.int64) * into_sample_stride
+                    + tl.cast(sample, tl.int64) * into_sample_stride * unit
                     + tl.cast(start, tl.int64) * into_voxel_stride
                     + here[:, None] * into_voxel_stride
                     + channels[None, :]
@@ -321,7 +336,7 @@ def _segment_backward_of_runs(
             before = x * a[None, :] + b[None, :]
             side = (
                 gradient
-                + tl.cast(sample, tl.int64) * gradient_sample_stride
+                + tl.cast(sample, tl.int64) * gradient_sample_stride * unit
                 + tl.cast(start, tl.int64) * gradient_voxel_stride
                 + here[:, None] * gradient_voxel_stride
             )
@@ -386,17 +401,15 @@ def _write_activated(out: Tensor, rows: Tensor, scale: Tensor, shift: Tensor, sl
     n_samples, n_voxels, n_channels = rows.shape
     scale, shift = dense(scale), dense(shift)
     cut = cut_rows(n_samples, n_voxels, n_channels)
-    unit = unit_of(n_channels, rows.stride(1), out.stride(1))
+    unit = unit_of(n_channels, *strides(rows), *strides(out))
     launch(
         _affine_act,
         (cut.n_blocks_c * n_of(n_voxels, cut.block_v), n_samples),
         rows.device,
         out,
-        out.stride(0),
-        out.stride(1) // unit,
+        *(stride // unit for stride in strides(out)),
         rows,
-        rows.stride(0),
-        rows.stride(1) // unit,
+        *(stride // unit for stride in strides(rows)),
         scale,
         row_stride(scale),
         shift,
@@ -410,7 +423,7 @@ def _write_activated(out: Tensor, rows: Tensor, scale: Tensor, shift: Tensor, sl
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _affine_act(
     out,
     out_sample_stride,
@@ -439,8 +452,8 @@ def _affine_act(
     here = tl.arange(0, block_v)
     is_channel = channels < n_channels
     is_value = (first + here < n_voxels)[:, None] & is_channel[None, :]
-    rows += sample.to(tl.int64) * sample_stride + first.to(tl.int64) * voxel_stride
-    out += sample.to(tl.int64) * out_sample_stride + first.to(tl.int64) * out_voxel_stride
+    rows += sample.to(tl.int64) * sample_stride * unit + first.to(tl.int64) * voxel_stride
+    out += sample.to(tl.int64) * out_sample_stride * unit + first.to(tl.int64) * out_voxel_stride
     x = tl.load(rows + here[:, None] * voxel_stride + channels[None, :], mask=is_value, other=0.0)
     a = tl.load(scale + sample * scale_stride + channels, mask=is_channel, other=0.0)
     b = tl.load(shift + sample * shift_stride + channels, mask=is_channel, other=0.0)
@@ -456,18 +469,16 @@ def activation_backward(
     n_samples, n_voxels, n_channels = rows.shape
     scale, shift = dense(scale), dense(shift)
     cut = cut_rows(n_samples, n_voxels, n_channels)
-    unit = unit_of(n_channels, rows.stride(1), gradient.stride(1))
+    unit = unit_of(n_channels, *strides(rows), *strides(gradient))
     partial = scale.new_empty(2, n_samples, cut.n_runs, n_channels)
     launch(
         _activation_backward_of_runs,
         (cut.n_blocks_c * cut.n_runs, n_samples),
         rows.device,
         gradient,
-        gradient.stride(0),
-        gradient.stride(1) // unit,
+        *(stride // unit for stride in strides(gradient)),
         rows,
-        rows.stride(0),
-        rows.stride(1) // unit,
+        *(stride // unit for stride in strides(rows)),
         scale,
         row_stride(scale),
         shift,
@@ -487,7 +498,7 @@ def activation_backward(
     return sum_g.sum(1), sum_gx.sum(1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _activation_backward_of_runs(
     gradient,
     gradient_sample_stride,
@@ -518,8 +529,8 @@ def _activation_backward_of_runs(
     sample = tl.program_id(1)
     here = tl.arange(0, block_v)
     is_channel = channels < n_channels
-    rows += sample.to(tl.int64) * sample_stride
-    gradient += sample.to(tl.int64) * gradient_sample_stride
+    rows += sample.to(tl.int64) * sample_stride * unit
+    gradient += sample.to(tl.int64) * gradient_sample_stride * unit
     a = tl.load(scale + sample * scale_stride + channels, mask=is_channel, other=0.0)
     b = tl.load(shift + sample * shift_stride + channels, mask=is_channel, other=0.0)
     sum_g = tl.zeros((block_c,), tl.float32)
