@@ -2,7 +2,8 @@
 
 Both give the same numbers. A kernel is compiled when it first runs, never at install. Where Triton
 is not installed, where it cannot compile for the card, and for arguments that it has no kernel for,
-torch's operators do the work, a tile at a time, as on a CPU.
+torch's operators do the work, a tile at a time, as on a CPU. They do so too inside
+`with operator.set_kernel_enabled("cuda", enabled=False)`, torch's own switch.
 """
 
 import logging
