@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from effseg.kernels.tiles import Tile, accumulator_dtype, each_tile, row_of, strips_of
+from effseg.kernels.tiles import Tile, accumulator_dtype, each_tile, merged, row_of, strips_of
 
 
 @torch.library.custom_op("effseg::moments", mutates_args=())
@@ -21,28 +21,32 @@ def moments(rows: Tensor, over_batch: bool) -> tuple[Tensor, Tensor]:
         Two tensors (1 or batch, channels) in the accumulator's type.
     """
     dtype = accumulator_dtype(rows.dtype)
+    mean = rows.new_empty(1 if over_batch else rows.shape[0], rows.shape[2], dtype=dtype)
+    (rows,) = merged([rows], mean)
     tiles = [tile for strip in strips_of([rows]) for tile in strip]
     place_of = {(sample, voxels.start): i for i, (sample, voxels) in enumerate(tiles)}
-    counts = torch.tensor([voxels.stop - voxels.start for _, voxels in tiles], dtype=dtype)
-    counts = counts.to(rows.device).unsqueeze(1)
-    means = rows.new_empty(len(tiles), rows.shape[2], dtype=dtype)
-    spreads = torch.empty_like(means)
+    means = mean.new_empty(len(tiles), rows.shape[2])
+    variances = torch.empty_like(means)
 
     def work(_: int, tile: Tile) -> None:
         place = place_of[tile[0], tile[1].start]
         wide = rows[tile].to(dtype)
         torch.mean(wide, 0, out=means[place])
-        away = wide - means[place]
-        torch.sum(away.mul_(away), 0, out=spreads[place])
+        squares = torch.ops.aten.mse_loss(wide, means[place].expand_as(wide), reduction=0)
+        torch.mean(squares, 0, out=variances[place])
 
     each_tile([rows], work)
-    groups = 1 if over_batch else rows.shape[0]
-    shape = (groups, -1, rows.shape[2])
-    means, spreads, counts = means.view(shape), spreads.view(shape), counts.view(groups, -1, 1)
-    total = counts.sum(1)
-    mean = (means * counts).sum(1) / total
+    n_values = torch.tensor([voxels.stop - voxels.start for _, voxels in tiles], dtype=dtype)
+    shares = (n_values / (rows.shape[1] * len(rows) / len(mean))).to(rows.device)
+    shape = (len(mean), -1, rows.shape[2])
+    means, variances, shares = (
+        means.view(shape),
+        variances.view(shape),
+        shares.view(len(mean), -1, 1),
+    )
+    mean = (means * shares).sum(1)
     away = means - mean.unsqueeze(1)
-    return mean, (spreads.sum(1) + (away * away * counts).sum(1)) / total
+    return mean, (torch.addcmul(variances, away, away) * shares).sum(1)
 
 
 @moments.register_fake
@@ -61,6 +65,7 @@ def affine_combine(
     What a norm's backward is once its sums are known; `slope` and `offset` come from
     `deferred_terms`.
     """
+    gradient, rows = merged([gradient, rows], factor)
 
     def work(_: int, tile: Tile) -> None:
         target = gradient[tile]

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from effseg.kernels.tiles import Tile, by_row, each_tile, row_of, strips_of
+from effseg.kernels.tiles import Tile, by_row, each_tile, merged, row_of, strips_of
 
 
 @torch.library.custom_op("effseg::affine_act_linear", mutates_args=())
@@ -36,6 +36,7 @@ def affine_act_linear(
     """
     n_samples, n_voxels, _ = segments[0].shape
     out = segments[0].new_empty(n_samples, n_voxels, weight.shape[0])
+    *segments, target = merged([*segments, out], scale)
     right = weight.t()
 
     def work(_: int, tile: Tile) -> None:
@@ -45,7 +46,7 @@ def affine_act_linear(
             row_of(shift, tile),
             slope,
         )
-        torch.mm(wide.to(out.dtype), right, out=out[tile])
+        torch.mm(wide.to(out.dtype), right, out=target[tile])
 
     each_tile(segments, work)
     return out
@@ -84,7 +85,9 @@ def affine_act_linear_backward(
         The weight's gradient (outputs, channels), and per channel and row of statistics the sums
         of g and of g * rows: the norm's parameter gradients come from them.
     """
-    dtype = scale.dtype
+    dtype, n_segments = scale.dtype, len(segments)
+    gradient, *rows = merged([gradient, *segments, *into], scale)
+    segments, into = rows[:n_segments], rows[n_segments:]
     n_strips = len(strips_of(segments))
     weight_gradients = scale.new_zeros(n_strips, *weight.shape)
     sums = scale.new_zeros(2, n_strips, scale.shape[1])
@@ -97,12 +100,11 @@ def affine_act_linear_backward(
         g = slope_of(wide, slope, torch.mm(side, weight).to(dtype))
         sums[0, index].add_(g.sum(0))
         sums[1, index].add_(torch.mul(g, given, out=wide).sum(0))
-        g.mul_(factor)
         start = 0
         for segment in into:
-            target, stop = segment[tile], start + segment.shape[2]
-            target.add_(g[:, start:stop])
-            start = stop
+            own = slice(start, start + segment.shape[2])
+            segment[tile].addcmul_(g[:, own], factor[own])
+            start = own.stop
 
     each_tile(segments, work)
     return weight_gradients.sum(0), *by_row(sums, scale)
@@ -159,13 +161,16 @@ def activation_backward(
         The sums of g and of g * rows per channel and row of statistics.
     """
     dtype = scale.dtype
+    gradient, rows = merged([gradient, rows], scale)
     sums = scale.new_zeros(2, len(strips_of([rows])), scale.shape[1])
 
     def work(index: int, tile: Tile) -> None:
         given = rows[tile].to(dtype)
         wide = activated(given, row_of(scale, tile), row_of(shift, tile), slope)
-        g = slope_of(wide, slope, gradient[tile].to(dtype))
-        gradient[tile] = g
+        target = gradient[tile]
+        g = slope_of(wide, slope, target.to(dtype))
+        if g.data_ptr() != target.data_ptr():
+            target.copy_(g)
         sums[0, index].add_(g.sum(0))
         sums[1, index].add_(torch.mul(g, given, out=wide).sum(0))
 
@@ -188,6 +193,8 @@ def _joined(segments: Sequence[Tensor], tile: Tile) -> Tensor:
 
 
 def _write_activated(out: Tensor, rows: Tensor, scale: Tensor, shift: Tensor, slope: float) -> None:
+    out, rows = merged([out, rows], scale)
+
     def work(_: int, tile: Tile) -> None:
         given = rows[tile].to(scale.dtype)
         out[tile] = activated(given, row_of(scale, tile), row_of(shift, tile), slope)
@@ -202,10 +209,10 @@ def activated(tile: Tensor, scale: Tensor, shift: Tensor, slope: float) -> Tenso
 
 
 def slope_of(after: Tensor, slope: float, gradient: Tensor) -> Tensor:
-    """The gradient before the activation, from what came after it."""
-    result: Tensor
+    """Turn a gradient into that before the activation, in place, from what came after it."""
+    aten = torch.ops.aten
     if slope == 0:
-        result = torch.ops.aten.threshold_backward(gradient, after, 0)
+        aten.threshold_backward.grad_input(gradient, after, 0, grad_input=gradient)
     else:
-        result = torch.ops.aten.leaky_relu_backward(gradient, after, slope, True)
-    return result
+        aten.leaky_relu_backward.grad_input(gradient, after, slope, True, grad_input=gradient)
+    return gradient

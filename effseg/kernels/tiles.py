@@ -6,7 +6,7 @@ Wide features come in *segments*, rows of the same voxels whose channels count a
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ STRIPS = 32
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 Tile = tuple[int, slice]
-"""A sample and a range of its voxels."""
+"""A sample and a range of its voxels; for `merged` rows, all samples count as one."""
 
 
 def to_rows(features: Tensor) -> Tensor:
@@ -51,6 +51,22 @@ def tile_length(n_channels: int, device: str) -> int:
     return max(256, budget // (4 * max(n_channels, 1)) // 256 * 256)
 
 
+def merged(rows: Sequence[Tensor], statistics: Tensor) -> list[Tensor]:
+    """Rows whose samples share statistics as if of one sample, (1, batch * voxels, channels).
+
+    Where a sample is small, tiles are fewer so. Rows of samples with statistics of their own stay
+    as they are; and so do those whose samples do not lie one behind the other, and those on a card,
+    whose tiles are large.
+    """
+    if (
+        statistics.shape[0] == rows[0].shape[0]
+        or rows[0].device.type != "cpu"
+        or any(part.stride(0) != part.shape[1] * part.stride(1) for part in rows)
+    ):
+        return list(rows)
+    return [part.view(1, -1, part.shape[2]) for part in rows]
+
+
 def strips_of(segments: Sequence[Tensor], *, length: int | None = None) -> list[list[Tile]]:
     """The tiles of some features in runs, as many runs for each sample, sample by sample.
 
@@ -64,16 +80,21 @@ def strips_of(segments: Sequence[Tensor], *, length: int | None = None) -> list[
     n_samples, n_voxels, _ = segments[0].shape
     n_channels = sum(segment.shape[2] for segment in segments)
     step = length or tile_length(n_channels, segments[0].device.type)
-    starts = range(0, n_voxels, step)
-    n_strips = min(max(1, STRIPS // n_samples), len(starts))
-    bounds = [len(starts) * i // n_strips for i in range(n_strips + 1)]
+    n_tiles = -(-n_voxels // step)
+    if length is None and n_voxels * n_channels >= 2 * SHARE:
+        n_tiles += n_tiles % 2
+    return _strips(n_samples, n_voxels, n_tiles, max(1, STRIPS // n_samples))
+
+
+@lru_cache(1024)
+def _strips(n_samples: int, n_voxels: int, n_tiles: int, n_strips: int) -> list[list[Tile]]:
+    ends = [n_voxels * i // n_tiles for i in range(n_tiles + 1)]
+    n_strips = min(n_strips, n_tiles)
+    bounds = [n_tiles * i // n_strips for i in range(n_strips + 1)]
     return [
-        [
-            (sample, slice(start, min(start + step, n_voxels)))
-            for start in starts[bounds[i] : bounds[i + 1]]
-        ]
+        [(sample, slice(ends[i], ends[i + 1])) for i in range(*bounds[strip : strip + 2])]
         for sample in range(n_samples)
-        for i in range(n_strips)
+        for strip in range(n_strips)
     ]
 
 
@@ -110,8 +131,21 @@ def _crew(n_threads: int) -> ThreadPoolExecutor:
     """Threads in which torch's operators do not split up further."""
     crew = ThreadPoolExecutor(n_threads, "effseg", initializer=partial(torch.set_num_threads, 1))
     list(crew.map(lambda _: None, range(n_threads)))
+    crew.submit(_be_known_to_openmp).result()
     torch.set_num_threads(n_threads)  # the threads' own setting also became that of later threads
     return crew
+
+
+def _be_known_to_openmp() -> None:
+    """Let OpenMP know of a thread that is not its own, in that thread.
+
+    Its threads spin for milliseconds after each of torch's convolutions, and take a core from the
+    crew, unless it knows of more threads than there are cores: then, for microseconds. It learns of
+    a thread when that opens a parallel region.
+    """
+    torch.set_num_threads(2)
+    torch.zeros(1 << 17, device="cpu").add_(1)  # enough to be split
+    torch.set_num_threads(1)
 
 
 def row_of(statistics: Tensor, tile: Tile) -> Tensor:

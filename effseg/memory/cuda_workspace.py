@@ -45,13 +45,13 @@ CUBLAS_OPERATORS = {
     *("effseg::affine_act_linear", "effseg::affine_act_linear_backward"),
 }
 
-TILES: dict[str, tuple[int, int]] = {
+TILES: dict[str, tuple[float, float]] = {
     "effseg::moments": (2, 1),
     "effseg::affine_act_linear": (2, 1),
-    "effseg::affine_act_linear_backward": (4, 3),
+    "effseg::affine_act_linear_backward": (3.5, 2),
     "effseg::affine_act": (2, 1),
     "effseg::affine_act_": (2, 1),
-    "effseg::activation_backward": (4, 2),
+    "effseg::activation_backward": (3, 1),
     "effseg::affine_combine": (2, 1),
 }
 """Tiles in the accumulator's type that live at once: of half-precision features, of others."""
@@ -159,10 +159,10 @@ def scratch_of(name: str, args: Sequence[Any], result: Any, card: CudaCard) -> S
         rows, n_channels = segments[0], sum(segment.shape[2] for segment in segments)
         n_tiles = TILES[name][0 if rows.dtype in HALF else 1]
         values = min(rows.shape[1], tile_length(n_channels, "cuda")) * n_channels
+        tile = values * accumulator_dtype(rows.dtype).itemsize
+        half = (tile // 2,) if n_tiles % 1 else ()
         joined = (values * rows.element_size(),) if len(segments) > 1 else ()
-        return Scratch(
-            (values * accumulator_dtype(rows.dtype).itemsize,) * n_tiles + joined, cublas
-        )
+        return Scratch((tile,) * int(n_tiles) + half + joined, cublas)
     return Scratch(cublas=True) if cublas else None
 
 

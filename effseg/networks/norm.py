@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from effseg.kernels.norm import moments
+from effseg.kernels.shortcut import call
 
 Norm = Literal["batch", "instance"]
 NormLayer = nn.BatchNorm2d | nn.BatchNorm3d | nn.InstanceNorm2d | nn.InstanceNorm3d
@@ -58,7 +59,7 @@ def fixed_statistics(norm: NormLayer) -> bool:
 
 def measured_state(rows: Tensor, *, over_batch: bool, eps: float) -> tuple[NormState, Tensor]:
     """The state that the features' own statistics give, and their biased variance."""
-    mean, variance = moments(rows, over_batch)
+    mean, variance = call(moments, rows, over_batch)
     n_values = rows.shape[1] * (rows.shape[0] if over_batch else 1)
     return NormState(mean, torch.rsqrt(variance + eps), n_values), variance
 

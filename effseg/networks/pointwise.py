@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from effseg.kernels import refuse_second_derivative
 from effseg.kernels.norm import affine_combine, deferred_terms
 from effseg.kernels.pointwise import affine_act_linear, affine_act_linear_backward
+from effseg.kernels.shortcut import call
 from effseg.kernels.tiles import accumulator_dtype, channels_last, from_rows, to_rows
 from effseg.memory.recompute import recompute
 from effseg.networks.norm import (
@@ -88,7 +89,8 @@ class _SharedNormActConv(torch.autograd.Function):
     ) -> Tensor:
         dtype = segments[0].dtype
         with torch.autocast(weight.device.type, enabled=False):
-            out = affine_act_linear(
+            out = call(
+                affine_act_linear,
                 [to_rows(segment) for segment in segments],
                 *state.affine(gain, bias),
                 weight.flatten(1).to(dtype),
@@ -105,7 +107,8 @@ class _SharedNormActConv(torch.autograd.Function):
         state = NormState(mean, rstd, ctx.n_values)
         rows = [to_rows(segment) for segment in segments]
         into = [torch.zeros_like(segment) for segment in segments]
-        weight_gradient, sum_g, sum_gx = affine_act_linear_backward(
+        weight_gradient, sum_g, sum_gx = call(
+            affine_act_linear_backward,
             rows,
             *state.affine(gain, bias),
             weight.flatten(1).to(rows[0].dtype),
@@ -121,7 +124,7 @@ class _SharedNormActConv(torch.autograd.Function):
             for part, given in zip(into, rows, strict=True):
                 own = slice(start, start + part.shape[1])
                 slope, offset = (term[:, own] for term in terms)
-                affine_combine(to_rows(part), torch.ones_like(slope), given, slope, offset)
+                call(affine_combine, to_rows(part), torch.ones_like(slope), given, slope, offset)
                 start = own.stop
         return (
             None,

@@ -29,6 +29,7 @@ from effseg.kernels.pointwise import (
     affine_act_linear,
     affine_act_linear_backward,
 )
+from effseg.kernels.shortcut import call
 from effseg.kernels.tiles import CHANNELS_LAST, accumulator_dtype, from_rows, to_rows
 from effseg.networks.norm import NormState, measured_state
 from effseg.networks.pointwise import SECOND_DERIVATIVE
@@ -188,7 +189,8 @@ class _SharedDense(torch.autograd.Function):
             for i, layer in enumerate(_by_layer(parameters)):
                 n_in = c0 + i * k
                 outer = step.fixed[i][0] if step.fixed else statistics.state().first(n_in)
-                z = affine_act_linear(
+                z = call(
+                    affine_act_linear,
                     wide.first(n_in),
                     *outer.affine(layer.gain1, layer.bias1),
                     layer.weight1.flatten(1).to(step.dtype),
@@ -199,7 +201,7 @@ class _SharedDense(torch.autograd.Function):
                 else:
                     middle, variance = measured_state(z, over_batch=step.over_batch, eps=step.eps)
                     variances.append(variance)
-                affine_act_(z, *middle.affine(layer.gain2, layer.bias2), step.slope)
+                call(affine_act_, z, *middle.affine(layer.gain2, layer.bias2), step.slope)
                 new = _convolve(from_rows(z, space), layer.weight2.to(step.dtype), step.padding)
                 del z
                 slot = wide.slot(slice(n_in, n_in + k))
@@ -265,7 +267,7 @@ class _SharedDense(torch.autograd.Function):
                     ctx.n_values,
                 )
                 ones = torch.ones_like(terms[0])
-                affine_combine(to_rows(part), ones, to_rows(features), *terms)
+                call(affine_combine, to_rows(part), ones, to_rows(features), *terms)
             return part
 
         def finished_slot(channels: slice) -> Tensor:
@@ -284,15 +286,15 @@ class _SharedDense(torch.autograd.Function):
                 weight2 = layer.weight2.to(step.dtype)
 
                 new = _dropped(finished_slot(slice(n_in, n_in + k)), step.masks[i])
-                z = affine_act_linear(wide.first(n_in), *affine1, weight1, step.slope)
-                activated = from_rows(affine_act(z, *affine2, step.slope), space)
+                z = call(affine_act_linear, wide.first(n_in), *affine1, weight1, step.slope)
+                activated = from_rows(call(affine_act, z, *affine2, step.slope), space)
                 weight2_gradient = _weight_gradient(new, activated, weight2, step.padding)
                 del activated
                 # the input's gradient needs nothing of the input but its shape, which z has too
                 like_input = from_rows(z, space)
                 g = to_rows(_input_gradient(new, like_input, weight2, step.padding)).contiguous()
                 del new, like_input
-                sum_g, sum_gx = activation_backward(g, z, *affine2, step.slope)
+                sum_g, sum_gx = call(activation_backward, g, z, *affine2, step.slope)
                 gain2_gradient = middle.gain_gradient(sum_g, sum_gx)
                 if middle.n_values is None:
                     g.mul_(affine2[0].to(g.dtype).unsqueeze(1))
@@ -305,11 +307,17 @@ class _SharedDense(torch.autograd.Function):
                         middle.rstd,
                         middle.n_values,
                     )
-                    affine_combine(g, affine2[0], z, *terms)
+                    call(affine_combine, g, affine2[0], z, *terms)
                 del z
                 bias2_gradient = sum_g.sum(0)
-                weight1_gradient, sum_g, sum_gx = affine_act_linear_backward(
-                    wide.first(n_in), *affine1, weight1, step.slope, g, into.first(n_in)
+                weight1_gradient, sum_g, sum_gx = call(
+                    affine_act_linear_backward,
+                    wide.first(n_in),
+                    *affine1,
+                    weight1,
+                    step.slope,
+                    g,
+                    into.first(n_in),
                 )
                 del g
                 gain1_gradient = outer.gain_gradient(sum_g, sum_gx)
