@@ -6,7 +6,10 @@ import pytest
 import torch
 from monai.networks.nets.densenet import _DenseBlock as MonaiBlock
 from torch import Tensor, nn
+from torch.library import CustomOpDef
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from effseg.kernels import tiles
 from effseg.kernels.ownership import sole_holders
 from effseg.memory import measure_peak, trace_peak
 from effseg.networks import DenseBlock, NormActConv
@@ -131,6 +134,46 @@ def test_half_precision_errs_no_more_than_torchs_own(dtype) -> None:
         for got, other, want in zip(by_us, by_torch, expected, strict=True)
     ]
     assert sum(ratios) / len(ratios) < 1.25
+
+
+class Watcher(TorchDispatchMode):
+    """Notes the names of operators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.add(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
+def test_who_watches_operators_sees_them_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    block, x = DenseBlock(3, 2, 2), torch.randn(2, 3, 4, 4, 4)
+    with Watcher() as watcher:
+        watched = gradients(block, [x], joined)
+    names = {name for name in watcher.seen if name.startswith("effseg::")}
+    assert {"effseg::moments", "effseg::affine_act_linear_backward"} < names
+    assert not watcher.seen & {"aten::addcmul", "aten::mm", "aten::threshold_backward"}
+    # with nobody there the dispatcher is not asked, and the numbers are the same
+    monkeypatch.setattr(CustomOpDef, "__call__", None)
+    for given, expected in zip(gradients(block, [x], joined), watched, strict=True):
+        assert torch.equal(given, expected)
+
+
+@pytest.mark.parametrize("norm", ["batch", "instance"])
+def test_threads_and_the_cut_of_tiles_change_nothing(norm, monkeypatch: pytest.MonkeyPatch) -> None:
+    n_threads, block = torch.get_num_threads(), DenseBlock(6, 4, 2, norm=norm).double()
+    x = torch.randn(3, 6, 9, 10, 11, dtype=torch.float64)
+    one = gradients(block, [x], joined)
+    monkeypatch.setitem(tiles.TILE_BYTES, "cpu", 1)  # the floor of 256 voxels
+    many = gradients(block, [x], joined)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr(tiles, "SHARE", 1)
+    shared = gradients(block, [x], joined)
+    torch.set_num_threads(n_threads)
+    torch.testing.assert_close(many, one, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(shared, many, rtol=1e-12, atol=1e-12)
 
 
 def test_segments_are_handed_on_and_not_copied() -> None:
