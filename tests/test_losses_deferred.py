@@ -1,5 +1,6 @@
 """Losses of logits that are never made in full: the same numbers, and what they take."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -372,7 +373,7 @@ def test_traced_equals_measured_to_the_byte(network, deep, autocast) -> None:
         autocast=autocast,
         device="cpu",
     )
-    assert traced == measure_peak(step)
+    assert replace(traced, device_bytes=None) == measure_peak(step)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
