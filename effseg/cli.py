@@ -8,7 +8,7 @@ import logging
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
@@ -33,6 +33,7 @@ from effseg.errors import DataError, EffsegError
 if TYPE_CHECKING:  # the verbs import what they need: `effseg --help` waits for no torch
     from effseg.dataset import Dataset
     from effseg.evaluation import Scores
+    from effseg.inference import CaseResult
     from effseg.plans import Plan
 
 USAGE, BAD_INPUT, NO_RESOURCES, INTERNAL, STOPPED = 1, 2, 3, 4, 130
@@ -202,42 +203,62 @@ def predict(
     memory: Memory = None,
     tta: Annotated[bool, typer.Option("--tta", help="average over the 8 mirrors")] = False,
     device: Device = None,
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            "--shard", help="only the i-th of n shares of the cases, from 1/n to n/n", metavar="i/n"
+        ),
+    ] = None,
+    skip_existing: Annotated[
+        bool,
+        typer.Option("--skip-existing", help="keep label maps that are there; else: replace them"),
+    ] = False,
 ) -> None:
     """Label images on their own grids; a case that fails is named and the others go on."""
-    from effseg.inference import find_images, load_run
-    from effseg.inference import predict as predict_one
+    from effseg.inference import CaseResult, find_images, load_run, predict_cases, shard_of
     from effseg.memory import PeakResident
     from effseg.plans import format_bytes
 
     loaded = load_run(run)
-    cases = find_images(inputs, n_channels=len(loaded.plan.channels))
-    failures: list[tuple[str, EffsegError]] = []
+    cases = list(find_images(inputs, n_channels=len(loaded.plan.channels)).values())
+    n_all = len(cases)
+    if shard is not None:
+        cases = shard_of(cases, shard)
+        console.print(f"shard {shard}: {len(cases) or 'none'} of {n_all} cases")
+    results: list[CaseResult] = []
+    codes: list[int] = []
+
+    def report(result: CaseResult) -> None:
+        results.append(result)
+        if result.error is not None:
+            message, code = _explained(result.error)
+            codes.append(code)
+            errors.print(f"[red]failed[/] {_plain(result.name)}: {message}", soft_wrap=True)
+
     resident = PeakResident().start()
-    with _bar("labelling", len(cases)) as advance:
-        for done, (name, image) in enumerate(cases.items()):
-            advance(done, name)
-            try:
-                predict_one(
-                    loaded,
-                    image,
-                    out=out / f"{name}.nii.gz",
-                    memory=memory,
-                    tta=tta,
-                    device=device,
-                    progress=_within(advance, done, name),
-                )
-            except EffsegError as error:
-                failures.append((name, error))
-        advance(len(cases), "")
-    for name, failure in failures:
-        errors.print(f"[red]failed[/] {name}: {_plain(str(failure))}", soft_wrap=True)
-    console.print(
-        f"{len(cases) - len(failures)} of {len(cases)} label maps in {out}; "
-        f"peak memory {format_bytes(resident.stop())} above what the imports hold",
-        soft_wrap=True,
-    )
-    if failures:
-        raise typer.Exit(max(failure.exit_code for _, failure in failures))
+    try:
+        with _bar("labelling", len(cases)) as advance:
+            predict_cases(
+                loaded,
+                cases,
+                out=out,
+                memory=memory,
+                tta=tta,
+                device=device,
+                skip_existing=skip_existing,
+                progress=advance,
+                report=report,
+            )
+    finally:
+        peak = format_bytes(resident.stop())
+        if results:
+            console.print(
+                f"{_plain(_counted(results, len(cases)))}; label maps in {_plain(str(out))}; "
+                f"peak memory {peak} above what the imports hold",
+                soft_wrap=True,
+            )
+    if codes:
+        raise typer.Exit(max(codes))
 
 
 @app.command()
@@ -323,24 +344,24 @@ def main() -> None:
         errors.print(f"[red]usage[/] {_plain(message)}", soft_wrap=True)
         errors.print("`effseg --help` lists the verbs, `effseg VERB --help` their options")
         sys.exit(USAGE)
-    except EffsegError as error:
-        errors.print(f"[red]error[/] {_plain(str(error))}", soft_wrap=True)
-        sys.exit(error.exit_code)
-    except OSError as error:  # what the system refuses, a read-only folder say, is no bug
-        errors.print(f"[red]error[/] {_plain(str(error))}", soft_wrap=True)
-        sys.exit(NO_RESOURCES if error.errno == errno.ENOSPC else BAD_INPUT)
     except Exception as error:
-        if _is_out_of_memory(error):
-            errors.print(
-                "[red]error[/] out of memory; give a smaller --memory, which plans for less"
-            )
-            sys.exit(NO_RESOURCES)
-        said = " ".join(f"{type(error).__name__}: {error}".split())
-        errors.print(
-            f"[red]bug[/] of effseg, please report it with {_write_traceback()}: {_plain(said)}",
-            soft_wrap=True,
-        )
-        sys.exit(INTERNAL)
+        message, code = _explained(error)
+        kind = "" if code == INTERNAL else "[red]error[/] "
+        errors.print(f"{kind}{message}", soft_wrap=True)
+        sys.exit(code)
+
+
+def _explained(error: Exception) -> tuple[str, int]:
+    """A failure in one line of markup, and its exit code."""
+    if isinstance(error, EffsegError):
+        return _plain(str(error)), error.exit_code
+    if isinstance(error, OSError):  # what the system refuses, a read-only folder say, is no bug
+        return _plain(str(error)), NO_RESOURCES if error.errno == errno.ENOSPC else BAD_INPUT
+    if _is_out_of_memory(error):
+        return "out of memory; give a smaller --memory, which plans for less", NO_RESOURCES
+    said = " ".join(f"{type(error).__name__}: {error}".split())
+    path = _write_traceback(error)
+    return f"[red]bug[/] of effseg, please report it with {path}: {_plain(said)}", INTERNAL
 
 
 def _is_out_of_memory(error: Exception) -> bool:
@@ -351,12 +372,12 @@ def _is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
-def _write_traceback() -> str:
-    """A file with the traceback of the exception at hand."""
+def _write_traceback(error: Exception) -> str:
+    """A file with an exception's traceback."""
     with tempfile.NamedTemporaryFile(
         "w", prefix="effseg-traceback-", suffix=".txt", delete=False, encoding="utf-8"
     ) as file:
-        traceback.print_exc(file=file)
+        traceback.print_exception(error, file=file)
     return file.name
 
 
@@ -402,6 +423,21 @@ def _print_scores(scores: "Scores") -> None:
     console.print(table)
 
 
+def _counted(results: "Sequence[CaseResult]", n_cases: int) -> str:
+    """How many cases went which way, and the names of those that failed."""
+    failed = [result.name for result in results if result.error is not None]
+    kept = sum(result.kept for result in results)
+    said = f"{len(results) - len(failed) - kept} predicted"
+    if kept:
+        said += f", {kept} kept as they were"
+    said += f", {len(failed)} failed"
+    if failed:
+        said += f" ({', '.join(failed)})"
+    if len(results) < n_cases:
+        said += f", {n_cases - len(results)} not begun"
+    return said
+
+
 def _print_benchmarks(suite: str, runs: list[dict[str, Any]]) -> None:
     """One row a benchmark: the median of its seconds beside what it counted."""
     counted = list(dict.fromkeys(key for run in runs for key in run["extra_info"]))
@@ -443,13 +479,6 @@ def _bar(what: str, total: int | None = None) -> Iterator[Callable[[float, str],
             bar.update(task, completed=done, item=item)
 
         yield advance
-
-
-def _within(
-    advance: Callable[[float, str], None], done: int, name: str
-) -> Callable[[int, int], None]:
-    """The progress of one case of several, from its windows."""
-    return lambda windows, total: advance(done + windows / total, name)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,8 @@ import pytest
 from effseg import cli
 from effseg.dataset import Dataset, layouts
 from effseg.errors import PlanError
-from effseg.io import read_grid, write_volume
+from effseg.inference import CaseResult
+from effseg.io import read_grid, read_volume, write_volume
 from effseg.plans import Plan
 from effseg.record import RunRecord
 from effseg.volume import Grid, Volume
@@ -53,7 +55,7 @@ def test_the_whole_way(tiny_dataset: Path, tiny_plan: Plan, tmp_path: Path) -> N
     assert (run / "report.html").stat().st_size > 10_000
     out = tmp_path / "predictions"
     said = effseg("predict", run, tiny_dataset / "images", "--out", out, "--memory", "1GiB")
-    assert "6 of 6 label maps" in said
+    assert f"6 predicted, 0 failed; label maps in {out}" in said
     assert "peak memory" in said
     image = tiny_dataset / "images" / "ball_3.nii.gz"
     np.testing.assert_allclose(
@@ -125,16 +127,109 @@ def test_choices_that_cannot_work_are_bad_input(
 
 
 def test_a_failing_case_is_named_and_the_others_go_on(
-    tiny_run: Path, tiny_dataset: Path, tmp_path: Path
+    tiny_run: Path,
+    tiny_dataset: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     good = tiny_dataset / "images" / "ball_0.nii.gz"
-    bad = tmp_path / "cut.nii.gz"
+    bad, twin = tmp_path / "cut.nii.gz", tmp_path / "ball_0.mha"
     bad.write_bytes(good.read_bytes()[:-200])
+    write_volume(read_volume(good), twin)
     out = tmp_path / "out"
-    said = effseg("predict", tiny_run, good, bad, "--out", out, expect=2)
-    assert "failed cut" in said
-    assert "1 of 2 label maps" in said
+    for code, words, inputs, choices in (
+        (2, "1 predicted, 1 failed (cut); label maps in", (good, bad), ()),
+        (2, f"failed cut: {bad}: ", (good, bad), ()),
+        (2, "0 predicted, 1 kept as they were, 1 failed (cut)", (good, bad), ("--skip-existing",)),
+        (0, "shard 1/2: 1 of 2 cases 1 predicted, 0 failed", (good, bad), ("--shard", "1/2")),
+        (0, "shard 3/3: none of 1 cases", (good,), ("--shard", "3/3")),
+        (2, "expected i/n with i from 1 to n", (good,), ("--shard", "2/1")),
+        (3, "failed ball_0: an image of (24, 22, 20) voxels takes", (good,), ("--memory", "1MiB")),
+        (2, "label maps cannot be written there", (good,), ("--out", bad)),
+        (2, "are both case ball_0", (good, twin), ()),
+    ):
+        arguments = ["effseg", "predict", tiny_run, *inputs, "--out", out, *choices]
+        monkeypatch.setattr(sys, "argv", [str(argument) for argument in arguments])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        said = capsys.readouterr()
+        assert caught.value.code == code
+        assert words in " ".join((said.out + said.err).split())
     assert [path.name for path in out.iterdir()] == ["ball_0.nii.gz"]
+
+
+def test_the_gravest_failure_of_many_is_the_exit_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    last: list[Exception] = []
+
+    def many(*_: object, report: Callable[[CaseResult], None], **__: object) -> None:
+        for number, error in enumerate([None, PlanError("wrong"), MemoryError(), *last]):
+            report(CaseResult(f"case_{number}", tmp_path, error=error))
+        if not last:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("effseg.inference.load_run", lambda _: FakeRun())
+    monkeypatch.setattr(
+        "effseg.inference.find_images", lambda *_, **__: dict.fromkeys("abcd", None)
+    )
+    monkeypatch.setattr("effseg.inference.predict_cases", many)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["effseg", "predict", "run", "x", "--out", "o"])
+    for code, words in (
+        (130, "1 predicted, 2 failed (case_1, case_2), 1 not begun"),
+        (4, "1 predicted, 3 failed (case_1, case_2, case_3)"),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        assert caught.value.code == code
+        said = capsys.readouterr()
+        assert words in " ".join(said.out.split())
+        assert "failed case_1: wrong" in said.err
+        assert "failed case_2: out of memory" in said.err
+        last = [ZeroDivisionError("by zero")]
+    assert len(list(tmp_path.glob("effseg-traceback-*"))) == 1
+
+
+class FakeRun:
+    """As much of a run as the command line looks at."""
+
+    class plan:  # noqa: N801
+        channels = ("image",)
+
+
+def test_an_interrupted_prediction_keeps_what_is_done(
+    tiny_run: Path, tiny_dataset: Path, tmp_path: Path
+) -> None:
+    images, out = tmp_path / "images", tmp_path / "out"
+    images.mkdir()
+    for number in range(300):
+        source = tiny_dataset / "images" / f"ball_{number % 6}.nii.gz"
+        (images / f"ball_{number:03d}.nii.gz").symlink_to(source)
+    command = [sys.executable, "-m", "effseg.cli", "predict", str(tiny_run), str(images)]
+    with subprocess.Popen(
+        [*command, "--out", str(out), "--tta"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as going:
+        try:
+            while going.poll() is None and len(list(out.glob("ball_*"))) < 2:
+                time.sleep(0.02)
+            going.send_signal(signal.SIGINT)
+            told, said = going.communicate(timeout=120)
+        finally:
+            going.kill()
+    assert going.returncode == 130, said
+    assert said.strip().endswith("stopped")
+    assert "Traceback" not in said
+    done = sorted(path.name for path in out.iterdir())
+    assert 2 <= len(done) < 300
+    assert done == [f"ball_{number:03d}.nii.gz" for number in range(len(done))]
+    for name in done:
+        read_volume(out / name)
+    assert f"{len(done)} predicted, 0 failed, {300 - len(done)} not begun" in told
 
 
 def test_a_wrong_pair_is_found_by_check(tmp_path: Path) -> None:

@@ -1,8 +1,20 @@
 """Trained networks over new images."""
 
+from effseg.inference.cases import CaseResult, predict_cases, shard_of
 from effseg.inference.inputs import find_images
 from effseg.inference.prediction import Forecast, forecast, predict
 from effseg.inference.predictor import Predictor
 from effseg.inference.run import Run, load_run
 
-__all__ = ["Forecast", "Predictor", "Run", "find_images", "forecast", "load_run", "predict"]
+__all__ = [
+    "CaseResult",
+    "Forecast",
+    "Predictor",
+    "Run",
+    "find_images",
+    "forecast",
+    "load_run",
+    "predict",
+    "predict_cases",
+    "shard_of",
+]

@@ -1,0 +1,357 @@
+"""Many cases, one after the other: the next is read and the last is written meanwhile."""
+
+import os
+import re
+import tempfile
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from effseg.dataset import Case, read_image
+from effseg.devices import present_device
+from effseg.errors import DataError, PlanError
+from effseg.inference.prediction import forecast, predict
+from effseg.inference.run import Run, load_run
+from effseg.io import read_grid, write_volume
+from effseg.plans import PostprocessConfig, parse_bytes
+from effseg.volume import Volume
+
+CaseProgress = Callable[[float, str], None]
+"""Called with (cases done, with the share of the one under way; its name)."""
+
+_SHARD = re.compile(r"(\d+)/(\d+)")
+
+
+@dataclass(frozen=True)
+class CaseResult:
+    """What became of one case.
+
+    Attributes:
+        name: the case's.
+        path: where its label map lies, or would.
+        error: why there is none; None where there is one.
+        kept: it was there before, and nothing was done.
+    """
+
+    name: str
+    path: Path
+    error: Exception | None = None
+    kept: bool = False
+
+
+def predict_cases(
+    run: str | Path | Run,
+    cases: Iterable[Case],
+    *,
+    out: str | Path,
+    memory: str | int | None = None,
+    tta: bool = False,
+    device: str | None = None,
+    postprocess: PostprocessConfig | None = None,
+    skip_existing: bool = False,
+    progress: CaseProgress | None = None,
+    report: Callable[[CaseResult], None] | None = None,
+) -> tuple[CaseResult, ...]:
+    """Label many cases, each as `predict` does; one that fails does not stop the others.
+
+    While a case is computed, the next one is read and the last one is written, each in a thread,
+    as far as the budget has room for what they hold; where it has none, they take turns.
+
+    Args:
+        run: a run's folder, or a loaded `Run`.
+        cases: such as `find_images` gives; their names become the files' names.
+        out: the folder for the label maps, made if missing: `NAME.nii.gz`. A file that is there is
+            replaced, once the new one is complete.
+        memory: a budget such as "4GiB" for all that is held at once; None: no limit.
+        tta: as `predict` takes it.
+        device: as `predict` takes it.
+        postprocess: a rule in place of the plan's.
+        skip_existing: keep the label maps that are there and do only what is missing.
+        progress: called after each pass of the network.
+        report: called with each result as soon as it is known.
+
+    Returns:
+        One result a case, in the cases' order, failures with their error. No case: nothing.
+
+    Raises:
+        DataError: if two cases have one name, a label map would replace an image, or `out` cannot
+            be written; before anything is predicted.
+        PlanError: if the budget is no size or the device is not here.
+        CheckpointError: if the run cannot be loaded.
+    """
+    if not isinstance(run, Run):
+        run = load_run(run)
+    cases = list(cases)
+    present_device(device or run.device)
+    budget_bytes = None if memory is None else parse_bytes(memory)
+    targets = _targets(cases, Path(out))
+    queue = _Queue(
+        run,
+        tta=tta,
+        device=device,
+        postprocess=postprocess,
+        budget_bytes=budget_bytes,
+        progress=progress or (lambda *_: None),
+        report=report or (lambda _: None),
+    )
+    _check_writable(Path(out))
+    with queue:
+        for case, path in zip(cases, targets, strict=True):
+            if skip_existing and path.is_file():
+                queue.keep(case, path)
+            else:
+                queue.put(case, path)
+    by_name = {result.name: result for result in queue.results}
+    return tuple(by_name[case.name] for case in cases)
+
+
+def shard_of(cases: Sequence[Case], shard: str) -> list[Case]:
+    """One of n shares of the cases, so that several machines or devices can split them.
+
+    Sorted by name, shard 2/4 takes the second, the sixth, the tenth, ...: every case is in exactly
+    one of 1/4, 2/4, 3/4 and 4/4. Counted from 1, as `--shard` of test runners is.
+
+    Args:
+        cases: all of them, the same for every shard.
+        shard: "i/n".
+
+    Returns:
+        The share, sorted by name; nothing where there are fewer cases than shards before it.
+
+    Raises:
+        PlanError: if the text is no shard.
+    """
+    match = _SHARD.fullmatch(shard.strip())
+    which, n = (0, 0) if match is None else (int(match[1]), int(match[2]))
+    if not 1 <= which <= n:
+        raise PlanError(f"shard {shard!r}; expected i/n with i from 1 to n, such as 1/4 ... 4/4")
+    return sorted(cases, key=lambda case: case.name)[which - 1 :: n]
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A case to be predicted, and the bytes that it takes.
+
+    Attributes:
+        case: itself.
+        path: where its label map goes.
+        peak_bytes: while it is computed, from its files.
+        image_bytes: of its image as read.
+        label_bytes: of its label map.
+    """
+
+    case: Case
+    path: Path
+    peak_bytes: int
+    image_bytes: int
+    label_bytes: int
+
+    @property
+    def reading_bytes(self) -> int:
+        """While its image is read: channels apart and side by side, or as stored and as scaled."""
+        return 2 * self.image_bytes
+
+
+class _Queue:
+    """Cases in their order: one is read, one computed and one written at a time.
+
+    A case is computed when the next one to be computed is known, or at the end.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        *,
+        tta: bool,
+        device: str | None,
+        postprocess: PostprocessConfig | None,
+        budget_bytes: int | None,
+        progress: CaseProgress,
+        report: Callable[[CaseResult], None],
+    ) -> None:
+        self.results: list[CaseResult] = []
+        self._run = run
+        self._tta = tta
+        self._device = device
+        self._postprocess = postprocess
+        self._budget_bytes = budget_bytes
+        self._progress = progress
+        self._report = report
+        self._threads = ExitStack()
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="effseg-read")
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="effseg-write")
+        self._next: _Job | None = None
+        self._reading: Future[Volume] | None = None  # of the next, where it is read ahead
+        self._written: tuple[_Job, Future[Path]] | None = None
+
+    def __enter__(self) -> "_Queue":
+        # left in any way, an interrupt included, a label map that is being written is finished
+        self._threads.enter_context(self._writer)
+        self._threads.enter_context(self._reader)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self._compute(following=None)
+            self._finish_writing()
+        finally:
+            self._threads.close()
+
+    def keep(self, case: Case, path: Path) -> None:
+        """Take a case whose label map is there."""
+        self._done(CaseResult(case.name, path, kept=True))
+
+    def put(self, case: Case, path: Path) -> None:
+        """Take a case that is to be predicted."""
+        try:
+            job = self._job(case, path)
+        except Exception as error:
+            self._done(CaseResult(case.name, path, error=error))
+            return
+        self._compute(following=job)
+
+    def _job(self, case: Case, path: Path) -> _Job:
+        grid, n_channels = read_grid(case.images[0])
+        n_channels = max(n_channels, len(case.images))
+        most = max(label.value for label in self._run.plan.labels)
+        return _Job(
+            case,
+            path,
+            peak_bytes=forecast(self._run, grid, device=self._device).peak_bytes,
+            image_bytes=4 * n_channels * grid.n_voxels,
+            label_bytes=grid.n_voxels * np.min_scalar_type(most).itemsize,
+        )
+
+    def _compute(self, *, following: _Job | None) -> None:
+        """Predict the next case, with the one that follows it in view."""
+        job, self._next = self._next, following
+        if job is None:
+            return
+        try:
+            image = self._image_of(job)
+            beside_bytes = 0 if image is None else image.array.nbytes
+            beside_bytes += self._written_bytes(job.peak_bytes + beside_bytes)
+            later_bytes = 0
+            if following is not None:
+                later_bytes = following.peak_bytes
+                if self._fits(job.peak_bytes + beside_bytes + following.reading_bytes) and (
+                    self._fits(following.peak_bytes + following.image_bytes)
+                ):
+                    self._reading = self._reader.submit(read_image, following.case)
+                    beside_bytes += following.reading_bytes
+                    later_bytes += following.image_bytes
+            behind = following is not None and self._fits(later_bytes + job.label_bytes)
+            labels = predict(
+                self._run,
+                job.case if image is None else image,
+                out=None if behind else job.path,
+                memory=None if self._budget_bytes is None else self._budget_bytes - beside_bytes,
+                tta=self._tta,
+                device=self._device,
+                postprocess=self._postprocess,
+                progress=self._within(job),
+            )
+        except Exception as error:
+            self._finish_writing()
+            self._done(CaseResult(job.case.name, job.path, error=error))
+            return
+        self._finish_writing()
+        if behind:
+            self._written = (job, self._writer.submit(write_volume, labels, job.path))
+        else:
+            self._done(CaseResult(job.case.name, job.path))
+
+    def _image_of(self, job: _Job) -> Volume | None:
+        """The image that was read ahead; None where none was, or it is larger than was thought."""
+        reading, self._reading = self._reading, None
+        if reading is None:
+            return None
+        image = reading.result()
+        return image if self._fits(job.peak_bytes + image.array.nbytes) else None
+
+    def _written_bytes(self, held_bytes: int) -> int:
+        """What the label map that is being written holds; nothing, once it had to be waited for."""
+        if self._written is None:
+            return 0
+        n_bytes = self._written[0].label_bytes
+        if self._fits(held_bytes + n_bytes):
+            return n_bytes
+        self._finish_writing()
+        return 0
+
+    def _fits(self, held_bytes: int) -> bool:
+        return self._budget_bytes is None or held_bytes <= self._budget_bytes
+
+    def _finish_writing(self) -> None:
+        if self._written is None:
+            return
+        (job, written), self._written = self._written, None
+        try:
+            written.result()
+        except Exception as error:
+            self._done(CaseResult(job.case.name, job.path, error=error))
+        else:
+            self._done(CaseResult(job.case.name, job.path))
+
+    def _done(self, result: CaseResult) -> None:
+        if result.error is not None:
+            _let_go(result.error)
+        self.results.append(result)
+        self._report(result)
+        self._progress(len(self.results), result.name)
+
+    def _within(self, job: _Job) -> Callable[[int, int], None]:
+        """The progress of one case of several, from its windows."""
+        done = len(self.results) + (self._written is not None)
+        return lambda windows, total: self._progress(done + windows / total, job.case.name)
+
+
+def _targets(cases: Sequence[Case], out: Path) -> list[Path]:
+    """Where each case's label map goes.
+
+    Raises:
+        DataError: if two would go to one place, or one to that of an image.
+    """
+    images = {os.path.realpath(path) for case in cases for path in case.images}
+    targets: dict[str, Path] = {}
+    for case in cases:
+        path = out / f"{case.name}.nii.gz"
+        if case.name in targets:
+            raise DataError(f"two cases are named {case.name}, and both would be {path}")
+        if os.path.realpath(path) in images:
+            raise DataError(f"{path} is an image to be labelled; choose another folder for labels")
+        targets[case.name] = path
+    return list(targets.values())
+
+
+def _let_go(error: BaseException | None) -> None:
+    """Free what the frames of an error hold, such as an image; the lines it names stay."""
+    while error is not None:
+        if error.__traceback__ is not None:
+            # the first frame is still under way here, and could not be cleared
+            error.__traceback__ = error.__traceback__.tb_next
+            traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
+
+
+def _check_writable(folder: Path) -> None:
+    """Make the folder, and refuse one that takes no file, before hours are spent on what goes in.
+
+    Raises:
+        DataError: if it cannot be made or takes none.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise DataError(
+            f"{folder}: label maps cannot be written there ({error.strerror or error}); choose "
+            "another folder"
+        ) from error
