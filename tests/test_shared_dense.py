@@ -337,3 +337,14 @@ def test_two_backwards_through_one_graph_add_up() -> None:
         loss.backward()
         found.append(leaf.grad)
     torch.testing.assert_close(found[0], found[1], rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("norm", ["batch", "instance"])
+def test_several_threads_work_in_inference_mode(norm, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(tiles, "SHARE", 1)
+    monkeypatch.setattr(tiles, "TILE_BYTES", {"cpu": 1, "cuda": 1})
+    shared, plain = pair(lambda mode: DenseBlock(3, 4, 2, norm=norm, memory=mode).eval())
+    with torch.inference_mode():
+        x = torch.randn(1, 3, 16, 16, 16, dtype=torch.float64)
+        torch.testing.assert_close(shared(x), plain(x))

@@ -113,8 +113,11 @@ def each_tile(
         n_values = sum(segment.numel() for segment in segments)
         n_threads = max(1, min(torch.get_num_threads(), len(strips), n_values // SHARE))
 
+    inference = torch.is_inference_mode_enabled()
+
     def share(first: int) -> None:
-        with torch.no_grad():
+        # a thread has modes of its own, and only in inference mode may its tensors be written
+        with torch.inference_mode(inference), torch.no_grad():
             for index in range(first, len(strips), n_threads):
                 for tile in strips[index]:
                     work(index, tile)
