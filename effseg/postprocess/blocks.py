@@ -39,30 +39,48 @@ def tabulate(
             offsets = n_before + np.cumsum(some.lengths) - some.lengths
             n_before += int(some.lengths.sum())
             sums = np.add.reduceat(inside[:n_before], offsets)
-        table = _rows(some, labels, sums, first_id=first_id)
-        # a part may lack some of the block's components: number those it has
-        tables.append(table.joined(np.unique(some.numbers, return_inverse=True)[1]))
+        tables.append(_summed(some, labels, sums, first_id=first_id))
     if len(tables) == 1:
         return tables[0]
     parts = ComponentTable.concatenated(tables)
     return parts.joined(parts.ids - first_id)
 
 
-def _rows(
+def _summed(
     runs: Runs, labels: Array, probability_sums: FloatArray | None, *, first_id: int
 ) -> ComponentTable:
-    """Each run as a row."""
-    lengths = runs.lengths
+    """A row for each component that some runs belong to; nothing is sorted."""
     z, y, x = np.unravel_index(runs.starts, labels.shape)
+    lengths, numbers = runs.lengths, runs.rows
+    present = np.flatnonzero(np.bincount(numbers))  # a part may lack some of the block's
+    places = np.zeros(present[-1] + 1, dtype=np.int64)
+    places[present] = np.arange(present.size)
+    group = places[numbers]
+
+    def total(values: Array) -> FloatArray:
+        sums = np.bincount(group, weights=values, minlength=present.size)
+        return np.asarray(sums, dtype=np.float64)
+
+    def whole(values: Array) -> Array:
+        return total(values).astype(np.int64)  # exact: far below 2^53
+
+    labels_of = np.empty(present.size, dtype=labels.dtype)
+    labels_of[group] = labels.reshape(-1)[runs.starts]
+    starts = np.full((3, present.size), np.iinfo(np.int64).max)
+    stops = np.zeros((3, present.size), dtype=np.int64)
+    for low, high, first, last in zip(
+        starts, stops, (z, y, x), (z, y, x + lengths - 1), strict=True
+    ):
+        np.minimum.at(low, group, first)
+        np.maximum.at(high, group, last + 1)
+    # along x the mean of the first and the last index, which is whole or a half
+    means = (z * lengths, y * lengths, (2 * x + lengths - 1) * lengths // 2)
     return ComponentTable(
-        ids=first_id + runs.rows,
-        labels=labels.reshape(-1)[runs.starts],
-        n_voxels=lengths,
-        starts=np.stack([z, y, x], axis=1),
-        stops=np.stack([z + 1, y + 1, x + lengths], axis=1),
-        # along x the mean of the first and the last index, which is whole or a half
-        index_sums=np.stack(
-            [z * lengths, y * lengths, (2 * x + lengths - 1) * lengths // 2], axis=1
-        ),
-        probability_sums=probability_sums,
+        ids=first_id + present,
+        labels=labels_of,
+        n_voxels=whole(lengths),
+        starts=starts.T,
+        stops=stops.T,
+        index_sums=np.stack([whole(sums) for sums in means], axis=1),
+        probability_sums=None if probability_sums is None else total(probability_sums),
     )
