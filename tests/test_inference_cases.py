@@ -47,7 +47,7 @@ class Faked:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.peak_bytes = 1000
-        self.large_bytes = 0
+        self.large_bytes = self.least_bytes = 0
         self.behind: list[str] = []
         self.on: set[str] = set()
         self.together: set[frozenset[str]] = set()
@@ -62,6 +62,8 @@ class Faked:
         return Forecast(self.peak_bytes if grid.shape == SHAPE else self.large_bytes, 0, 0)
 
     def predict(self, run, image, *, out, memory, progress, **_) -> Volume:
+        if memory is not None and memory < self.least_bytes:
+            raise MemoryBudgetError("too small")
         self.sources.append(type(image).__name__)
         self.budgets.append(memory)
         volume = image if isinstance(image, Volume) else read_volume(image.images[0])
@@ -201,6 +203,19 @@ def test_a_large_case_takes_its_turn_alone(
     assert faked.budgets[2] == budget
     alone = [together for together in faked.together if "compute 3" in together]
     assert alone == [frozenset({"compute 3"})]
+
+
+def test_a_case_that_fits_alone_only_is_predicted_alone(
+    run: Run, images: list[Case], tmp_path: Path, faked: Faked
+) -> None:
+    budget = faked.least_bytes = 10**6  # more than was forecast
+    results = predict_cases(run, images, out=tmp_path / "out", memory=budget)
+    assert [result.error for result in results] == [None] * 4
+    assert faked.sources == ["Case"] * 4
+    assert faked.budgets == [budget] * 4
+    faked.least_bytes += 1
+    results = predict_cases(run, images, out=tmp_path / "out", memory=budget)
+    assert all(isinstance(result.error, MemoryBudgetError) for result in results)
 
 
 def test_failures_stay_their_own_and_free_what_they_held(

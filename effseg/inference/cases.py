@@ -14,7 +14,7 @@ import numpy as np
 
 from effseg.dataset import Case, read_image
 from effseg.devices import present_device
-from effseg.errors import DataError, PlanError
+from effseg.errors import DataError, MemoryBudgetError, PlanError
 from effseg.inference.prediction import forecast, predict
 from effseg.inference.run import Run, load_run
 from effseg.io import read_grid, write_volume
@@ -247,16 +247,21 @@ class _Queue:
                     beside_bytes += following.reading_bytes
                     later_bytes += following.image_bytes
             behind = following is not None and self._fits(later_bytes + job.label_bytes)
-            labels = predict(
-                self._run,
-                job.case if image is None else image,
-                out=None if behind else job.path,
-                memory=None if self._budget_bytes is None else self._budget_bytes - beside_bytes,
-                tta=self._tta,
-                device=self._device,
-                postprocess=self._postprocess,
-                progress=self._within(job),
-            )
+            try:
+                labels = self._predict(
+                    job,
+                    job.case if image is None else image,
+                    out=None if behind else job.path,
+                    beside_bytes=beside_bytes,
+                )
+            except MemoryBudgetError:
+                if beside_bytes == 0:
+                    raise
+                del image  # alone it may fit
+                behind = False
+                self._forget_reading()
+                self._finish_writing()
+                labels = self._predict(job, job.case, out=job.path, beside_bytes=0)
         except Exception as error:
             self._finish_writing()
             self._done(CaseResult(job.case.name, job.path, error=error))
@@ -266,6 +271,26 @@ class _Queue:
             self._written = (job, self._writer.submit(write_volume, labels, job.path))
         else:
             self._done(CaseResult(job.case.name, job.path))
+
+    def _predict(
+        self, job: _Job, image: Case | Volume, *, out: Path | None, beside_bytes: int
+    ) -> Volume:
+        return predict(
+            self._run,
+            image,
+            out=out,
+            memory=None if self._budget_bytes is None else self._budget_bytes - beside_bytes,
+            tta=self._tta,
+            device=self._device,
+            postprocess=self._postprocess,
+            progress=self._within(job),
+        )
+
+    def _forget_reading(self) -> None:
+        """Let go of the image that is read ahead: it will be read in its turn."""
+        if self._reading is not None:
+            self._reading.exception()  # waits
+            self._reading = None
 
     def _image_of(self, job: _Job) -> Volume | None:
         """The image that was read ahead; None where none was, or it is larger than was thought."""
