@@ -6,6 +6,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,11 +15,9 @@ from effseg.dataset import Case
 from effseg.errors import DataError, EffsegError, MemoryBudgetError, PlanError
 from effseg.inference import (
     CaseResult,
-    Forecast,
     Run,
     cases,
     find_images,
-    forecast,
     load_run,
     predict,
     predict_cases,
@@ -58,11 +57,14 @@ class Faked:
         for name in ("predict", "forecast", "read_image", "write_volume"):
             monkeypatch.setattr(cases, name, getattr(self, name))
 
-    def forecast(self, run: Run, grid: Grid, *, device: str | None) -> Forecast:
-        return Forecast(self.peak_bytes if grid.shape == SHAPE else self.large_bytes, 0, 0)
+    def forecast(self, run: Run, grid: Grid, *, device: str | None) -> SimpleNamespace:
+        peak_bytes = self.peak_bytes if grid.shape == SHAPE else self.large_bytes
+        return SimpleNamespace(peak_bytes=peak_bytes)
 
     def predict(self, run, image, *, out, memory, progress, **_) -> Volume:
-        if memory is not None and memory < self.least_bytes:
+        grid = image.grid if isinstance(image, Volume) else read_grid(image.images[0])[0]
+        least_bytes = max(self.least_bytes, self.forecast(run, grid, device=None).peak_bytes)
+        if memory is not None and memory < least_bytes:
             raise MemoryBudgetError("too small")
         self.sources.append(type(image).__name__)
         self.budgets.append(memory)
@@ -204,6 +206,12 @@ def test_a_large_case_takes_its_turn_alone(
     alone = [together for together in faked.together if "compute 3" in together]
     assert alone == [frozenset({"compute 3"})]
 
+    faked.large_bytes += 1
+    results = predict_cases(run, images, out=tmp_path / "again", memory=budget)
+    kinds = [type(result.error) for result in results]
+    assert kinds == [type(None), type(None), MemoryBudgetError, type(None)]
+    assert values(tmp_path / "again") == {"case_1": 1, "case_2": 2, "case_4": 4}
+
 
 def test_a_case_that_fits_alone_only_is_predicted_alone(
     run: Run, images: list[Case], tmp_path: Path, faked: Faked
@@ -317,7 +325,7 @@ def test_what_cannot_work_is_refused_before_anything_is_predicted(
     assert predict_cases(run, [], out=tmp_path / "out") == ()
 
 
-def test_real_cases_with_a_cut_file_and_one_beyond_the_budget(
+def test_real_cases_are_labelled_as_each_alone(
     run: Run, tiny_dataset: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "in"
@@ -327,18 +335,12 @@ def test_real_cases_with_a_cut_file_and_one_beyond_the_budget(
         (folder / name).write_bytes((tiny_dataset / "images" / name).read_bytes())
     whole = gzip.decompress((folder / "ball_1.nii.gz").read_bytes())
     (folder / "ball_1.nii.gz").write_bytes(gzip.compress(whole[: len(whole) // 2]))
-    grid = read_grid(folder / "ball_0.nii.gz")[0]
-    large = Volume(array=np.zeros((160, 160, 160), np.uint8), grid=Grid((160, 160, 160)))
-    write_volume(large, folder / "large.nii.gz")
     found = list(find_images([folder]).values())
-    memory = 2 * forecast(run, grid).peak_bytes
-    assert memory < forecast(run, large.grid).peak_bytes
-    results = predict_cases(run, found, out=tmp_path / "out", memory=memory)
+    results = predict_cases(run, found, out=tmp_path / "out", memory="1GiB")
     kinds = [type(result.error) for result in results]
-    assert kinds == [type(None), DataError, type(None), MemoryBudgetError]
+    assert kinds == [type(None), DataError, type(None)]
     assert f"{folder / 'ball_1.nii.gz'}" in str(results[1].error)
     for n in (0, 2):
         alone = predict(run, folder / f"ball_{n}.nii.gz")
-        np.testing.assert_array_equal(
-            read_volume(tmp_path / "out" / f"ball_{n}.nii.gz").array, alone.array
-        )
+        written = read_volume(tmp_path / "out" / f"ball_{n}.nii.gz")
+        np.testing.assert_array_equal(written.array, alone.array)
