@@ -82,6 +82,7 @@ class Suite(StrEnum):
     resample = "resample"
     memory = "memory"
     head_loss = "head_loss"
+    inference = "inference"
 
 
 @app.callback(invoke_without_command=True)
