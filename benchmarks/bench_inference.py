@@ -32,11 +32,12 @@ from inference_cases import (
     blend,
     blend_in_turns,
     export,
+    streamed_components,
     whole_body,
 )
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from effseg.types import Array
+from effseg.types import Array, Shape3
 
 RESULTS = Path(__file__).parent / "results"
 MIB = 2**20
@@ -161,6 +162,14 @@ def best_seconds(by: Callable[[Array], int], make: Callable[[], Array]) -> float
     return min(seconds[1:])
 
 
+def component_memory(shape: Shape3, n_labels: int, thickness: int) -> Row:
+    """Bytes for each voxel of a slab, of components found, judged and removed slab by slab."""
+    found: Measured = fresh(streamed_components, shape, n_labels, thickness)
+    value = found.peak_bytes / (thickness * shape[1] * shape[2])
+    note = f"{found.peak_bytes / MIB:.0f} MiB, slabs of {thickness}"
+    return Row(value, "B / slab voxel", 12, seconds=found.seconds, note=note)
+
+
 WHOLE_BODY = ((600, 512, 512), 118, 96, 1.5, (1.0, 0.75, 0.75))
 
 
@@ -207,6 +216,7 @@ ROWS: dict[str, Callable[[], Row]] = {
     "the same, against float32": partial(export_labels, *EXPORT),
     "components, organs": partial(component_speed, bench_components.organs),
     "components, nodules": partial(component_speed, bench_components.nodules),
+    "components, 600x512x512 C=118": partial(component_memory, (600, 512, 512), 118, 16),
     "600x512x512 C=118 to .nii.gz": partial(whole_body_memory, *WHOLE_BODY),
     "the same, over its forecast": partial(whole_body_forecast, *WHOLE_BODY),
     "time over MONAI's": partial(time_over_monai, LOGITS, rounds=2),

@@ -6,7 +6,7 @@ The networks are light, so that what is measured is what prediction holds, not w
 import gc
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, combinations
 from pathlib import Path
@@ -31,7 +31,9 @@ from effseg.plans import (
     Memory,
     NetworkConfig,
     Normalisation,
+    PostprocessConfig,
 )
+from effseg.postprocess import ComponentStream
 from effseg.resample import AffineHead, logits_to_labels
 from effseg.tiling import gaussian_weights, windows
 from effseg.types import Array, Shape3, Spacing
@@ -327,6 +329,34 @@ def light_run(n_classes: int, *, patch: int, spacing: float) -> Run:
     )
     torch.manual_seed(0)
     return Run(folder=Path("benchmark"), plan=plan, network=build_network(config).eval())
+
+
+def streamed_components(shape: Shape3, n_labels: int, thickness: int) -> Measured:
+    """Components of a label map that comes in slabs, removed below a volume, and cleaned slabs."""
+
+    def stream(shape: Shape3) -> None:
+        with ComponentStream(1.0, PostprocessConfig(minimum_mm3=6000)) as components:
+            for slab in brick_slabs(shape, n_labels, thickness):
+                components.add(slab)
+            assert components.finish()
+            for _ in components.cleaned():
+                pass
+
+    stream((2 * thickness, 32, 32))
+    return measured(lambda: stream(shape))
+
+
+def brick_slabs(shape: Shape3, n_labels: int, thickness: int) -> Iterator[Array]:
+    """A label map of bricks, half of them background, slab by slab."""
+    rng = np.random.default_rng(0)
+    high, deep, wide = 20, 16, 16
+    size = (-(-shape[0] // high), -(-shape[1] // deep), -(-shape[2] // wide))
+    bricks = rng.integers(1, n_labels + 1, size, dtype=np.uint8)
+    bricks[rng.random(size) < 0.5] = 0
+    for start in range(0, shape[0], thickness):
+        planes = np.arange(start, min(start + thickness, shape[0])) // high
+        slab = bricks[planes].repeat(deep, axis=1).repeat(wide, axis=2)
+        yield np.ascontiguousarray(slab[:, : shape[1], : shape[2]])
 
 
 def measured(call: Callable[[], object]) -> Measured:

@@ -109,6 +109,16 @@ def test_a_run_labels_an_image_of_many_classes() -> None:
     assert found.process_bytes > found.peak_bytes > 0
 
 
+def test_components_stream_a_map_of_bricks() -> None:
+    slabs = list(cases.brick_slabs((45, 20, 50), 118, 16))
+    assert [len(slab) for slab in slabs] == [16, 16, 13]
+    labels = np.concatenate(slabs)
+    assert labels.shape == (45, 20, 50)
+    assert labels.max() <= 118
+    assert (labels[:20, :16, :16] == labels[0, 0, 0]).all()
+    assert cases.streamed_components((45, 40, 50), 118, 16).seconds > 0
+
+
 def test_rows_are_worked_out_from_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     def fresh(function: Any, *arguments: Any) -> Any:
         match function.__name__, arguments:
@@ -120,6 +130,8 @@ def test_rows_are_worked_out_from_what_was_measured(monkeypatch: pytest.MonkeyPa
                 return [[2.0, 3.0, 9.0], [4.0, 1.0, 6.0]]
             case "best_seconds", (by, _):
                 return 2e-6 if by.__name__ == "by_stream" else 1e-6
+            case "streamed_components", _:
+                return cases.Measured(peak_bytes=6000, seconds=1.0)
             case "whole_body", _:
                 return cases.Measured(
                     peak_bytes=90, predicted_bytes=100, process_bytes=3 * 2**30, seconds=1.0
@@ -147,6 +159,7 @@ def test_rows_are_worked_out_from_what_was_measured(monkeypatch: pytest.MonkeyPa
     speed = suite.component_speed(lambda: np.zeros((10, 10, 10)))
     assert speed.value == pytest.approx(500)
     assert speed.cells()["goal"] == ">= 150"
+    assert suite.component_memory((20, 10, 10), 3, 5).value == 12
     assert suite.whole_body_memory().value == 3.0
     forecast = suite.whole_body_forecast().cells()
     assert (forecast["value"], forecast["goal"], forecast["met"]) == (
