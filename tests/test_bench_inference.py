@@ -122,6 +122,8 @@ def test_components_stream_a_map_of_bricks() -> None:
 def test_rows_are_worked_out_from_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     def fresh(function: Any, *arguments: Any) -> Any:
         match function.__name__, arguments:
+            case "blend_again", (_, case):
+                return cases.Measured(peak_bytes=MIB * (5 * case.shape[0] - 20), seconds=3.0)
             case "blend", (_, case):
                 return cases.Measured(peak_bytes=4 * MIB * case.shape[0], seconds=2.0)
             case "export", (tool, *_):
@@ -144,7 +146,8 @@ def test_rows_are_worked_out_from_what_was_measured(monkeypatch: pytest.MonkeyPa
     assert row.cells()["met"] == "no"
     assert row.cells()["note"] == "56 MiB"
     long = replace(TINY, shape=(28, 9, 8))
-    assert suite.peak_ratio(long, TINY, at_most=2.0).cells()["met"] == "yes"
+    ratio = suite.peak_ratio(long, TINY, at_most=2.5).cells()  # 112 or 120 over 56 or 50 MiB
+    assert (ratio["value"], ratio["note"], ratio["met"]) == (2.24, "112 over 50 MiB", "yes")
     assert suite.export_bytes(4, 8, 16).value == 3 * MIB / (4 * 16**3)
     assert suite.export_speed(4, 8, 16).value == 4.0
     assert suite.export_labels(4, 8, 16).cells() == {
