@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from itertools import groupby, product
 from typing import Self
@@ -94,27 +94,56 @@ class Sweep:
     touches, what lies behind it none has touched yet.
 
     Attributes:
-        axis: the one along which the stretch is smallest; the first of equals.
+        axis: along which the windows are swept.
         shape: of the volume.
         window: voxels (z, y, x).
         layers: all windows, each once.
+        backwards: whether positions along the axis are counted from the volume's end.
     """
 
     axis: int
     shape: Shape3
     window: Shape3
     layers: tuple[Layer, ...]
+    backwards: bool = False
 
     @classmethod
-    def over(cls, shape: Shape3, window: Shape3, *, overlap: float) -> Self:
-        """Plan the sweep; arguments and errors as of `window_starts`, for three axes."""
-        axis = sweep_axis(shape, window)
-        boxes = sorted(windows(shape, window, overlap=overlap), key=lambda box: _start(box, axis))
+    def over(
+        cls,
+        shape: Shape3,
+        window: Shape3,
+        *,
+        overlap: float,
+        axis: int | None = None,
+        backwards: bool = False,
+    ) -> Self:
+        """Plan the sweep; other arguments and errors as of `window_starts`, for three axes.
+
+        Args:
+            shape: of the volume.
+            window: voxels (z, y, x).
+            overlap: as of `window_starts`.
+            axis: to sweep along; None: the one along which the stretch is smallest, the first of
+                equals.
+            backwards: sweep the same windows from the axis' end to its start.
+        """
+        axis = sweep_axis(shape, window) if axis is None else axis
+        boxes = list(windows(shape, window, overlap=overlap))
+        if backwards:
+            boxes = [mirrored(box, axis, shape[axis]) for box in boxes]
+        boxes.sort(key=lambda box: _start(box, axis))
         grouped = [tuple(group) for _, group in groupby(boxes, key=lambda box: _start(box, axis))]
         starts = [_start(group[0], axis) for group in grouped]
         stops = [*starts[1:], shape[axis]]
         layers = tuple(Layer(*layer) for layer in zip(grouped, starts, stops, strict=True))
-        return cls(axis=axis, shape=shape, window=window, layers=layers)
+        return cls(axis=axis, shape=shape, window=window, layers=layers, backwards=backwards)
+
+    def reaching(self, position: int) -> Self:
+        """The sweep without the layers that lie before a position and do not reach it."""
+        length = self.window[self.axis]
+        return replace(
+            self, layers=tuple(one for one in self.layers if one.start + length > position)
+        )
 
     @property
     def n_windows(self) -> int:
@@ -135,6 +164,15 @@ def sweep_axis(shape: Shape3, window: Shape3) -> int:
 def frontier(shape: Shape3, window: Shape3, axis: int) -> Shape3:
     """The volume's shape, cut to the window's length along an axis."""
     z, y, x = (w if i == axis else n for i, (n, w) in enumerate(zip(shape, window, strict=True)))
+    return (z, y, x)
+
+
+def mirrored(box: Slices3, axis: int, length: int) -> Slices3:
+    """The box where positions along an axis of this length are counted from its end."""
+    z, y, x = (
+        slice(length - part.stop, length - part.start) if i == axis else part
+        for i, part in enumerate(box)
+    )
     return (z, y, x)
 
 

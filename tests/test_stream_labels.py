@@ -118,7 +118,7 @@ def test_boxes_tile_the_target_along_one_axis(order: AxisOrder) -> None:
     target = Grid((9, 8, 5), (2.2, 0.8, 1.0)).reordered(order)
     seen = np.zeros(target.shape, int)
     boxes = []
-    for box, labels in label_slabs(cut(scores(2, source.shape), 0, 3), source, target):
+    for box, labels, _ in label_slabs(cut(scores(2, source.shape), 0, 3), source, target):
         assert seen[box].shape == labels.shape
         assert labels.flags.c_contiguous
         seen[box] += 1
@@ -142,7 +142,7 @@ def test_a_slab_is_made_as_soon_as_its_support_has_come() -> None:
             yield start, logits[:, start : start + 4]
 
     slabs = Slabs(axis=0, shape=source.shape, parts=parts())
-    for box, _ in label_slabs(slabs, source, target):
+    for box, _, _ in label_slabs(slabs, source, target):
         # voxel i lies at i / 2 - 1 / 4: all that lie at or before the last voxel that has come
         expected = 80 if asked[-1] == 40 else 2 * (asked[-1] - 1) + 1
         assert box[0].stop == expected
@@ -218,12 +218,12 @@ def peak_bytes(n_classes: int, length: int, *, head: bool) -> int:
         weight=rng.normal(size=(n_classes, n_channels)).astype(np.float32),
         bias=np.zeros(n_classes, np.float32),
     )
-    source = Grid((length, 48, 48))
+    source = Grid((length, 80, 80))
     target = source.with_spacing((1.3, 0.8, 0.8))
 
     def parts() -> Iterator[Slab]:
         for start in range(0, length, 8):
-            yield start, np.full((n_channels, 8, 48, 48), start, np.float32)
+            yield start, np.full((n_channels, 8, 80, 80), start, np.float32)
 
     slabs = Slabs(axis=0, shape=source.shape, parts=parts(), head=weights if head else None)
     tracemalloc.start()

@@ -9,12 +9,14 @@ from effseg.io.formats import VOLUME_SUFFIXES, list_volumes, strip_suffix
 from effseg.io.reading import read_grid, read_volume
 from effseg.io.slab_reader import SlabReader
 from effseg.io.slab_writer import SlabWriter
+from effseg.io.stored import StoredVolume
 from effseg.io.writing import write_volume
 
 __all__ = [
     "VOLUME_SUFFIXES",
     "SlabReader",
     "SlabWriter",
+    "StoredVolume",
     "list_volumes",
     "read_grid",
     "read_volume",

@@ -11,8 +11,17 @@ import numpy as np
 from effseg.errors import DataError, GeometryError
 from effseg.resample.axis import AxisWeights
 from effseg.resample.boxes import IMAGE, LABEL, fill_target
-from effseg.resample.labelling import label_slabs, labelling_bytes, logits_to_labels
+from effseg.resample.image_slabs import resample_slabs, resampling_bytes
+from effseg.resample.labelling import (
+    LabelSlab,
+    first_needed,
+    label_slabs,
+    labelling_bytes,
+    logits_to_labels,
+    needs,
+)
 from effseg.resample.mapping import ObliqueMapping, Passage, SeparableMapping
+from effseg.resample.maps import Maps
 from effseg.resample.slabs import SLAB_PLANES, AffineHead, Slab, Slabs
 from effseg.types import Array, Spacing
 from effseg.volume import Grid, Volume
@@ -21,16 +30,22 @@ __all__ = [
     "SLAB_PLANES",
     "AffineHead",
     "AxisWeights",
+    "LabelSlab",
+    "Maps",
     "ObliqueMapping",
     "Passage",
     "SeparableMapping",
     "Slab",
     "Slabs",
+    "first_needed",
     "label_slabs",
     "labelling_bytes",
     "logits_to_labels",
+    "needs",
     "resample_like",
+    "resample_slabs",
     "resample_to_spacing",
+    "resampling_bytes",
 ]
 
 _MAX_VOXELS = 2**31

@@ -25,7 +25,7 @@ Float32Array = npt.NDArray[np.float32]
 _SNAP = 1e-4  # voxels: where all target voxels are this close to source voxels, they are these
 BORDER = 1e-4  # voxels beyond the field of view that still count as its border: rounding
 _ROWS = 32  # target voxels a matrix product: wider wastes zeros, narrower wastes calls (measured)
-_PRODUCT = 1 << 18  # multiplications a matrix product: OpenBLAS wakes its threads above this
+PRODUCT = 1 << 18  # multiplications a matrix product: OpenBLAS wakes its threads above this
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,7 +178,7 @@ def _multiply(weights: Float32Array, given: Float32Array, *, out: Float32Array) 
     Products of this size stay in the processor's cache, and BLAS runs them on the thread that
     asks: waking others costs more than they save, and stalls where the processor is shared.
     """
-    n = max(1, _PRODUCT // weights.size)
+    n = max(1, PRODUCT // weights.size)
     if given.shape[2] == 1:  # the last axis: the stack's rows are the columns
         for start in range(0, given.shape[0], n):
             part = slice(start, start + n)

@@ -7,19 +7,24 @@ and the target still needs.
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeAlias
 
 import numpy as np
 
 from effseg.errors import DataError
-from effseg.resample.axis import AxisWeights, Float32Array
+from effseg.resample.axis import Float32Array
 from effseg.resample.boxes import Work, target_boxes
 from effseg.resample.mapping import Mapping, ObliqueMapping, Passage, SeparableMapping
+from effseg.resample.maps import Maps, RunningSoftmax
 from effseg.resample.slabs import SLAB_PLANES, AffineHead, Slabs, planes
 from effseg.types import Array, Shape3, Slices3
 from effseg.volume import AxisOrder, Grid, Volume
 
 logger = logging.getLogger("effseg")
+
+LabelSlab: TypeAlias = tuple[Slices3, Array, Float32Array]
+"""Where a slab lies, its labels, and the maps that were asked for, (maps, z, y, x)."""
 
 _LEAST_BYTES = 2 << 20  # of working memory: as in `resample_like`
 _CHANNEL_BYTES = 128 << 10  # and more for many channels, so that boxes do not shrink to their halo
@@ -47,7 +52,7 @@ def logits_to_labels(
     """
     slabs = logits if isinstance(logits, Slabs) else Slabs.cut(logits)
     result: Array | None = None
-    for box, labels in label_slabs(slabs, source, target, values=values):
+    for box, labels, _ in label_slabs(slabs, source, target, values=values):
         if result is None:
             result = np.empty(target.shape, dtype=labels.dtype)
         result[box] = labels
@@ -56,16 +61,31 @@ def logits_to_labels(
 
 
 def label_slabs(
-    slabs: Slabs, source: Grid, target: Grid, *, values: Sequence[int] | None = None
-) -> Iterator[tuple[Slices3, Array]]:
+    slabs: Slabs,
+    source: Grid,
+    target: Grid,
+    *,
+    values: Sequence[int] | None = None,
+    start: int = 0,
+    maps: Maps | None = None,
+) -> Iterator[LabelSlab]:
     """The label map of `logits_to_labels` in slabs, each as soon as all it needs has come.
 
     Where the two grids' axes are not parallel, a slab of the target may need all of the source:
     then everything is waited for, and the log says so.
 
+    Args:
+        slabs: as of `logits_to_labels`; with `start`, from `first_needed` on.
+        source: where they lie.
+        target: where the labels shall lie.
+        values: the classes' labels; None: 0, 1, 2, ...
+        start: how many planes of the target are made already, along its axis that runs with the
+            slabs' and in their direction.
+        maps: what else is made of the logits; None: nothing.
+
     Yields:
-        (box of `target`, labels in it); the boxes tile the target along one of its axes, from
-        either end.
+        Box of `target`, labels in it, and maps; the boxes tile the target along one of its axes,
+        from either end.
     """
     if slabs.shape != source.shape:
         raise DataError(f"logits of {slabs.shape} voxels on a grid of {source.shape}")
@@ -74,18 +94,42 @@ def label_slabs(
         logger.info(
             "the two grids are turned against each other: labels are made once all logits are there"
         )
-        pieces = _at_once(slabs, passage.mapping, values)
+        pieces = _at_once(slabs, passage.mapping, values, maps)
     else:
-        pieces = _as_they_come(slabs, passage.mapping.axes, passage.mapping, values)
-    for start, labels in pieces:
+        pieces = _as_they_come(slabs, passage.mapping, values, start, maps)
+    stored = passage.target_axes.inverse()
+    for start, labels, made in pieces:
         box = [slice(0, n) for n in passage.mapping.shape]
         box[slabs.axis] = slice(start, start + labels.shape[slabs.axis])
         native = _native_box((box[0], box[1], box[2]), passage.mapping.shape, passage.target_axes)
-        yield native, np.ascontiguousarray(passage.target_axes.inverse().apply(labels))
+        yield native, np.ascontiguousarray(stored.apply(labels)), stored.apply(made)
+        del labels, made
+
+
+def first_needed(source: Grid, target: Grid, *, axis: int, start: int) -> int:
+    """Which plane of the source, along the slabs' axis, `label_slabs` needs first for `start`."""
+    mapping = Passage.along(source, target).mapping
+    if isinstance(mapping, ObliqueMapping) or start < mapping.axes[axis].inside[0]:
+        return 0
+    weights = mapping.axes[axis]
+    if start >= weights.inside[1]:
+        return weights.n_source - 1
+    return int(weights.lows[start])
+
+
+def needs(source: Grid, target: Grid) -> Callable[[Slices3], Slices3]:
+    """Tells of a box of the source the box of the target, as stored, that it has a part in."""
+    passage = Passage.along(source, target)
+
+    def box_of_target(box: Slices3) -> Slices3:
+        reached = passage.mapping.target_box(box)
+        return _native_box(reached, passage.mapping.shape, passage.target_axes)
+
+    return box_of_target
 
 
 def labelling_bytes(
-    source: Grid, target: Grid, *, axis: int, n_channels: int, label_bytes: int
+    source: Grid, target: Grid, *, axis: int, n_channels: int, label_bytes: int, n_maps: int = 0
 ) -> int:
     """What `label_slabs` takes at most, the slabs it is given and yields included.
 
@@ -95,6 +139,7 @@ def labelling_bytes(
         axis: along which slabs come, of at most `SLAB_PLANES`.
         n_channels: of a slab.
         label_bytes: of one label.
+        n_maps: beside the labels.
     """
     mapping = Passage.along(source, target).mapping
     working = _limit_bytes(n_channels) + 3 * 4 * _HEAD_VALUES
@@ -107,36 +152,38 @@ def labelling_bytes(
         given = min(given, SLAB_PLANES + weights.taps.shape[1])
     # slabs held side by side while a copy is made of them; labels in both axis orders
     held = 2 * 4 * n_channels * given * source.n_voxels // source.shape[axis]
-    labels = 2 * label_bytes * int(made) * target.n_voxels // mapping.shape[axis]
+    labels = (2 * label_bytes + 4 * n_maps) * int(made) * target.n_voxels // mapping.shape[axis]
     return working + held + labels
 
 
 def _at_once(
-    slabs: Slabs, mapping: Mapping, values: Sequence[int] | None
-) -> Iterator[tuple[int, Array]]:
+    slabs: Slabs, mapping: Mapping, values: Sequence[int] | None, maps: Maps | None
+) -> Iterator[tuple[int, Array, Float32Array]]:
     whole = slabs.whole()
-    labeller = _Labeller(mapping, slabs, len(whole), values)
-    yield 0, labeller.labels(whole, 0, (0, mapping.shape[slabs.axis]))
+    labeller = _Labeller(mapping, slabs, len(whole), values, maps)
+    yield 0, *labeller.labels(whole, 0, (0, mapping.shape[slabs.axis]))
 
 
 def _as_they_come(
     slabs: Slabs,
-    axes: tuple[AxisWeights, AxisWeights, AxisWeights],
-    mapping: Mapping,
+    mapping: SeparableMapping,
     values: Sequence[int] | None,
-) -> Iterator[tuple[int, Array]]:
-    weights = axes[slabs.axis]
+    done: int,
+    maps: Maps | None,
+) -> Iterator[tuple[int, Array, Float32Array]]:
+    weights = mapping.axes[slabs.axis]
     labeller: _Labeller | None = None
     held: Float32Array | None = None
-    first = done = 0  # of what is held, and of what is yet to be made
+    first = 0  # of what is held
     for start, part in slabs.parts:
         if labeller is None:
-            labeller = _Labeller(mapping, slabs, len(part), values)
+            labeller, first = _Labeller(mapping, slabs, len(part), values, maps), start
         held = part if held is None else np.concatenate((held, part), axis=1 + slabs.axis)
         stop = start + part.shape[1 + slabs.axis]
+        del part  # or it would be held while the next is made
         ready = weights.ready(stop)
         if ready > done:
-            yield done, labeller.labels(held, first, (done, ready))
+            yield done, *labeller.labels(held, first, (done, ready))
             done = ready
         needed = stop if done >= weights.inside[1] else min(stop, int(weights.lows[done]))
         if needed > first:
@@ -153,10 +200,16 @@ class _Labeller:
         slabs: which axis they come along, and their head.
         n_channels: in a slab.
         values: the classes' labels.
+        maps: what else is wanted.
     """
 
     def __init__(
-        self, mapping: Mapping, slabs: Slabs, n_channels: int, values: Sequence[int] | None
+        self,
+        mapping: Mapping,
+        slabs: Slabs,
+        n_channels: int,
+        values: Sequence[int] | None,
+        maps: Maps | None,
     ) -> None:
         n_classes = n_channels if slabs.head is None else slabs.head.n_classes
         self.values = tuple(range(n_classes)) if values is None else tuple(values)
@@ -169,11 +222,15 @@ class _Labeller:
         # One channel's copy of the source and what its first axis leaves of it; two copies for the
         # other axes; then the largest logit, a rival and where it is larger, or all features.
         kept = 9 if slabs.head is None else 4 * n_channels + 1
+        self.maps = maps or Maps()
+        kept += 4 * (self.maps.n + 4) if self.maps.n else 0
         self.work = Work(source_voxel_bytes=8, target_voxel_bytes=8 + kept)
         self.limit_bytes = _limit_bytes(n_channels)
 
-    def labels(self, held: Float32Array, first: int, part: tuple[int, int]) -> Array:
-        """One slab of the label map.
+    def labels(
+        self, held: Float32Array, first: int, part: tuple[int, int]
+    ) -> tuple[Array, Float32Array]:
+        """One slab of the label map, and its maps.
 
         Args:
             held: (channels, z, y, x), all of the source that the slab needs.
@@ -183,6 +240,8 @@ class _Labeller:
         shape = list(self.mapping.shape)
         shape[self.axis] = part[1] - part[0]
         result = np.full(shape, self.table[0], dtype=self.table.dtype)
+        made = np.zeros((self.maps.n, *shape), dtype=np.float32)
+        made[: len(self.maps.classes)][np.asarray(self.maps.classes, int) == 0] = 1
         within = list(self.mapping.inside)
         inside = within[self.axis]
         low, high = max(part[0], inside.start), min(part[1], inside.stop)
@@ -194,11 +253,13 @@ class _Labeller:
             voxel_bytes=held.itemsize,
             limit_bytes=self.limit_bytes,
         ):
-            labels = self._box(held, first, box)
-            result[_from(box, self.axis, part[0])] = labels
-        return result
+            lies = _from(box, self.axis, part[0])
+            self._box(held, first, box, result[lies], made[(slice(None), *lies)])
+        return result, made
 
-    def _box(self, held: Float32Array, first: int, wanted: Slices3) -> Array:
+    def _box(
+        self, held: Float32Array, first: int, wanted: Slices3, result: Array, made: Float32Array
+    ) -> None:
         outside = self.mapping.outside(wanted) if isinstance(self.mapping, ObliqueMapping) else None
         given = self.mapping.source_box(wanted)
         lies = _from(given, self.axis, first)
@@ -207,34 +268,44 @@ class _Labeller:
             for plane in held
         )
         if self.head is None:
-            labels = self._largest(channels)
+            labels, maps = self._largest(channels)
         else:
             features = np.empty((len(held), *(b.stop - b.start for b in wanted)), dtype=np.float32)
             for feature, channel in zip(features, channels, strict=True):
                 feature[...] = channel
-            labels = self._classified(features, self.head)
-        if outside is not None:
-            labels[outside] = self.table[0]
-        return labels
+            labels, maps = self._classified(features, self.head)
+        inside = True if outside is None else ~outside
+        np.copyto(result, labels, where=inside)
+        np.copyto(made, maps, where=inside)
 
-    def _largest(self, channels: Iterator[Float32Array]) -> Array:
+    def _largest(self, channels: Iterator[Float32Array]) -> tuple[Array, Float32Array]:
         """Class by class with a running maximum."""
         best = np.array(next(channels))
         labels = np.full(best.shape, self.table[0], dtype=self.table.dtype)
+        softmax = RunningSoftmax(best, self.maps) if self.maps.n else None
         for value, rival in zip(self.table[1:], channels, strict=True):
             np.copyto(labels, value, where=rival > best)
             np.maximum(best, rival, out=best)
-        return labels
+            if softmax is not None:
+                softmax.add(rival)
+        if softmax is None:
+            return labels, np.zeros((0, *best.shape), dtype=np.float32)
+        return labels, softmax.maps()
 
-    def _classified(self, features: Float32Array, head: AffineHead) -> Array:
+    def _classified(self, features: Float32Array, head: AffineHead) -> tuple[Array, Float32Array]:
         """The head over a few voxels at a time."""
         rows = features.reshape(len(features), -1)
         labels = np.empty(rows.shape[1], dtype=self.table.dtype)
+        maps = np.empty((self.maps.n, rows.shape[1]), dtype=np.float32)
         step = max(1, _HEAD_VALUES // head.n_classes)
         for start in range(0, len(labels), step):
             part = slice(start, start + step)
-            labels[part] = self.table[head.logits(rows[:, part]).argmax(axis=1)]
-        return labels.reshape(features.shape[1:])
+            logits = head.logits(rows[:, part])
+            labels[part] = self.table[logits.argmax(axis=1)]
+            if self.maps.n:
+                maps[:, part] = self.maps.of(logits)
+        shape = features.shape[1:]
+        return labels.reshape(shape), maps.reshape(-1, *shape)
 
 
 def _limit_bytes(n_channels: int) -> int:

@@ -7,11 +7,14 @@ from typing import Self, TypeAlias
 import numpy as np
 
 from effseg.errors import DataError
-from effseg.resample.axis import Float32Array
+from effseg.resample.axis import PRODUCT, Float32Array
 from effseg.types import Array, Shape3
 
 SLAB_PLANES = 8
 """The thickest slab handed on: thin beside a window, thick beside what neighbours share."""
+
+_FEWEST_ROWS = 16
+"""In a matrix product, however wide the head."""
 
 Slab: TypeAlias = tuple[int, Float32Array]
 """Where a slab starts along its axis, and its values, (channels, z, y, x)."""
@@ -39,7 +42,14 @@ class AffineHead:
 
     def logits(self, features: Float32Array) -> Float32Array:
         """Features (features, voxels) to logits (voxels, classes)."""
-        result: Float32Array = features.T @ self.weight.T
+        n_voxels = features.shape[1]
+        result = np.empty((n_voxels, self.n_classes), dtype=np.float32)
+        # a few voxels a product: BLAS then stays on the thread that asks
+        step = max(_FEWEST_ROWS, PRODUCT // self.weight.size)
+        whole = n_voxels - n_voxels % step
+        stack = features[:, :whole].reshape(len(features), -1, step).transpose(1, 2, 0)
+        np.matmul(stack, self.weight.T, out=result[:whole].reshape(-1, step, self.n_classes))
+        np.matmul(features[:, whole:].T, self.weight.T, out=result[whole:])
         result += self.bias
         return result
 

@@ -1,0 +1,80 @@
+"""What can be made of logits beside labels: probabilities, and how sure they are."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from effseg.resample.axis import Float32Array
+
+
+@dataclass(frozen=True)
+class Maps:
+    """The maps that are wanted, in their order.
+
+    Attributes:
+        classes: whose probabilities, by index; the softmax of the interpolated logits.
+        entropy: whether, last, the entropy of all classes' probabilities, in nats.
+    """
+
+    classes: tuple[int, ...] = ()
+    entropy: bool = False
+
+    @property
+    def n(self) -> int:
+        """How many there are."""
+        return len(self.classes) + self.entropy
+
+    def of(self, logits: Float32Array) -> Float32Array:
+        """The maps (maps, voxels) of logits (voxels, classes)."""
+        shifted = logits - logits.max(axis=1, keepdims=True)
+        shares = np.exp(shifted)
+        total = shares.sum(axis=1)
+        result = np.empty((self.n, len(logits)), dtype=np.float32)
+        for row, index in zip(result, self.classes, strict=False):
+            np.divide(shares[:, index], total, out=row)
+        if self.entropy:
+            shifted *= shares
+            np.subtract(np.log(total), shifted.sum(axis=1) / total, out=result[-1])
+            np.maximum(result[-1], 0, out=result[-1])
+        return result
+
+
+class RunningSoftmax:
+    """The same where logits come class by class; all arrays are of one shape.
+
+    Sums are kept relative to the largest logit so far, as in Milakov and Gimelshein, "Online
+    normalizer calculation for softmax" (2018).
+    """
+
+    def __init__(self, first: Float32Array, wanted: Maps) -> None:
+        """Start with the first class."""
+        self._wanted = wanted
+        self._largest = first.copy()
+        self._total = np.ones_like(first)
+        self._weighted = np.zeros_like(first)  # of shares and their distance from the largest
+        self._kept = {0: first.copy()} if 0 in wanted.classes else {}
+        self._n = 1
+
+    def add(self, logits: Float32Array) -> None:
+        """Take the next class."""
+        largest = np.maximum(self._largest, logits)
+        gap = self._largest - largest
+        before, share = np.exp(gap), np.exp(logits - largest)
+        if self._wanted.entropy:
+            self._weighted = before * (self._weighted + gap * self._total)
+            self._weighted += share * (logits - largest)
+        self._total = before * self._total + share
+        self._largest = largest
+        if self._n in self._wanted.classes:
+            self._kept[self._n] = logits.copy()
+        self._n += 1
+
+    def maps(self) -> Float32Array:
+        """The maps, (maps, *shape)."""
+        result = np.empty((self._wanted.n, *self._total.shape), dtype=np.float32)
+        for row, index in zip(result, self._wanted.classes, strict=False):
+            np.divide(np.exp(self._kept[index] - self._largest), self._total, out=row)
+        if self._wanted.entropy:
+            entropy = np.log(self._total) - self._weighted / self._total
+            np.maximum(entropy, 0, out=result[-1])
+        return result
