@@ -1,6 +1,7 @@
 """Sliding windows against MONAI's, and runs against new images."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import numpy as np
@@ -122,10 +123,13 @@ def test_a_budget_is_kept_or_refused_before_anything_is_read(
     tiny_run: Path, tiny_dataset: Path
 ) -> None:
     path = tiny_dataset / "images" / "ball_0.nii.gz"
-    needed = forecast(load_run(tiny_run), read_volume(path).grid).peak_bytes
+    needed = forecast(tiny_run, read_volume(path).grid, file_voxel_bytes=4).peak_bytes
     assert predict(tiny_run, path, memory=needed).array.any()
-    with pytest.raises(MemoryBudgetError, match=r"--memory \d+MiB would do"):
-        predict(tiny_run, path, memory=needed - 1)
+    with pytest.raises(MemoryBudgetError, match=r"--memory \d+MiB would do") as caught:
+        predict(tiny_run, path, memory="1MiB")
+    least = re.search(r"--memory (\d+MiB)", str(caught.value))
+    assert least is not None
+    assert predict(tiny_run, path, memory=least[1]).array.any()
 
 
 def test_a_forecast_grows_with_the_image(tiny_run: Path) -> None:
@@ -143,7 +147,7 @@ def test_a_run_is_traced_once_for_all_its_images(
         traced.append(kwargs["device"])
         return trace_forward(*args, **kwargs)
 
-    monkeypatch.setattr("effseg.inference.run.trace_forward", counted)
+    monkeypatch.setattr("effseg.inference.tracing.trace_forward", counted)
     run = load_run(tiny_run)
     predict(run, tiny_dataset / "images" / "ball_0.nii.gz")
     predict(run, tiny_dataset / "images" / "ball_1.nii.gz")

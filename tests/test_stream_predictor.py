@@ -376,17 +376,34 @@ def test_a_forecast_holds_what_a_prediction_takes(tiny_plan: Plan, n_classes) ->
     assert tensors + arrays <= expected.peak_bytes
 
 
-def test_a_forecast_grows_with_the_volume_only_by_its_image_and_labels(tiny_plan: Plan) -> None:
+def test_a_forecast_grows_with_the_volume_only_by_its_labels_where_these_are_kept(
+    tiny_plan: Plan,
+) -> None:
     run = run_of(tiny_plan, 40)
     short, long = (Grid(shape=(n, 40, 40), spacing=run.plan.spacing) for n in (100, 200))
-    grown = forecast(run, long).sweeping_bytes - forecast(run, short).sweeping_bytes
-    assert grown == (4 + 1) * short.n_voxels
+    kept = [forecast(run, grid).peak_bytes for grid in (short, long)]
+    assert kept[1] - kept[0] == short.n_voxels
+    written = [forecast(run, grid, writes=True).peak_bytes for grid in (short, long)]
+    assert written[0] == written[1]
 
 
 def test_a_forecast_does_not_grow_with_the_classes_above_the_features(tiny_plan: Plan) -> None:
     grid = Grid(shape=(60, 60, 60))
-    few, many = (forecast(run_of(tiny_plan, n), grid).sweeping_bytes for n in (40, 118))
+    few, many = (forecast(run_of(tiny_plan, n), grid).host_bytes for n in (40, 118))
     assert many <= 1.05 * few
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sums", ["device", "host", "disk"])
+@pytest.mark.parametrize("backwards", [False, True])
+def test_a_cuda_device_sums_up_anywhere(sums, backwards) -> None:
+    x = image(30, 12, 11)
+    given_as = np.flip(x, 1).copy() if backwards else x
+    expected = Predictor(network_of(2, 5), (8, 8, 8)).logits(x)
+    predictor = Predictor(network_of(2, 5), (8, 8, 8), device="cuda", window_batch=3)
+    parts = predictor.slabs(given_as, axis=0, backwards=backwards, sums=sums)
+    got = np.concatenate([part for _, part in parts], axis=1)
+    np.testing.assert_allclose(got, np.flip(expected, 1) if backwards else expected, atol=1e-3)
 
 
 @pytest.mark.gpu

@@ -1,8 +1,9 @@
 """Trained networks over new images."""
 
+from effseg.inference.budget import Forecast
 from effseg.inference.cases import CaseResult, predict_cases, shard_of
 from effseg.inference.inputs import find_images
-from effseg.inference.prediction import Forecast, forecast, predict
+from effseg.inference.prediction import forecast, predict
 from effseg.inference.predictor import Predictor
 from effseg.inference.run import Run, load_run
 

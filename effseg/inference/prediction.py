@@ -1,50 +1,31 @@
 """From a run and an image to a label map on the image's own grid."""
 
-import logging
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from effseg.dataset import Case, read_image
-from effseg.devices import device_kind, present_device
-from effseg.errors import MemoryBudgetError
-from effseg.inference.predictor import Predictor, Progress, blending_bytes
-from effseg.inference.run import Run, load_run
-from effseg.io import read_grid, read_volume, write_volume
-from effseg.plans import PostprocessConfig, format_bytes, parse_bytes
-from effseg.postprocess import describe, remove_components
-from effseg.preprocess import prepare_image, restore_labels
-from effseg.resample import labelling_bytes
-from effseg.tiling import padded_shape, sweep_axis
+from effseg.dataset import Case
+from effseg.errors import PlanError
+from effseg.inference.budget import Forecast, forecasts
+from effseg.inference.fingerprints import files_of, fingerprint, voxels_of, weights_of
+from effseg.inference.output import LabelFile, collect_labels
+from effseg.inference.predictor import Progress
+from effseg.inference.region import Region
+from effseg.inference.run import Runs, load_runs
+from effseg.inference.task import Task, demand_of, found_by
+from effseg.plans import PostprocessConfig, parse_bytes
+from effseg.resample import LabelSlab, Maps
+from effseg.sources import ImageArray, ImageFiles
+from effseg.types import Slices3
 from effseg.volume import Grid, Volume
 
-logger = logging.getLogger("effseg")
-
-
-@dataclass(frozen=True)
-class Forecast:
-    """What labelling one image takes at most, in bytes, the network's weights included.
-
-    Attributes:
-        reading_bytes: the image as read and as prepared.
-        sweeping_bytes: the prepared image, one pass of the network, the sums of the windows that
-            are under way, the slab that is made into labels, and the label map.
-        cleaning_bytes: the label map, its components, and the cleaned copy.
-    """
-
-    reading_bytes: int
-    sweeping_bytes: int
-    cleaning_bytes: int
-
-    @property
-    def peak_bytes(self) -> int:
-        """The largest of the three stages."""
-        return max(self.reading_bytes, self.sweeping_bytes, self.cleaning_bytes)
+MARGIN_MM = 20.0
+"""Around what a coarse run finds: an organ's neighbourhood, more than its own errors."""
 
 
 def predict(
-    run: str | Path | Run,
+    run: Runs,
     image: str | Path | Volume | Case,
     *,
     out: str | Path | None = None,
@@ -52,109 +33,160 @@ def predict(
     tta: bool = False,
     device: str | None = None,
     postprocess: PostprocessConfig | None = None,
+    resume: bool = False,
+    skip_constant: bool = False,
+    region: Slices3 | Volume | None = None,
+    coarse: Runs | None = None,
+    margin_mm: float = MARGIN_MM,
+    probabilities: Sequence[int] = (),
+    entropy: bool = False,
     progress: Progress | None = None,
 ) -> Volume:
-    """Label an image with a trained run.
+    """Label an image with a trained run, or with several whose logits are averaged.
 
     The image is brought to canonical axes and the plan's spacing and normalisation, and the network
     sweeps over it. Each slab that is finished is resampled to the image's own grid and made into
-    labels at once. Components that the plan's rule calls noise are removed.
+    labels at once. Components that the plan's rule calls noise are removed. Image, logits and, with
+    `out`, labels are in memory only for the stretch under way, where that is no slower or the
+    budget asks for it.
 
     Args:
-        run: a run's folder, or a loaded `Run`.
+        run: a run's folder, or a loaded `Run`; or several of one plan's patch, spacing, channels
+            and labels, such as folds.
         image: a file, a DICOM folder or zip, a `Volume`, or a `Case` whose files are the channels.
-        out: also write the label map there; its suffix names the format.
-        memory: a budget such as "4GiB" for what this call takes; None: no limit.
+        out: write the label map there, slab by slab; its suffix names the format. The name appears
+            when the map is complete.
+        memory: a budget such as "4GiB" for what this call takes of the host's memory, and of the
+            device's; None: no limit.
         tta: average the logits over the 8 mirrors.
         device: "cpu" or "cuda"; None: the plan's, or the CPU, with a warning, where that is not
             here.
         postprocess: a rule in place of the plan's.
+        resume: go on with `out` where an earlier call with the same run, image and options was
+            stopped.
+        skip_constant: pass windows of one constant value once for all that have the same.
+        region: a box of the image's voxels, or a mask on its grid. Inside, labels are those of the
+            whole image; outside they are background, and windows that only it has a part in are
+            skipped.
+        coarse: a run of a larger spacing that labels the image first. `run` labels the box around
+            what that finds, outside of which all is background.
+        margin_mm: how much larger that box is, on each side.
+        probabilities: labels whose probabilities are written too, beside `out`, as
+            `probability_VALUE/NAME`; float32.
+        entropy: write the entropy of all labels' probabilities too, in nats, as `entropy/NAME`.
         progress: called with (windows done, windows in all).
 
     Returns:
-        A label map on the image's grid, in the smallest unsigned type.
+        A label map on the image's grid, in the smallest unsigned type. With `out` its voxels are
+        read from there when they are first asked for.
 
     Raises:
         MemoryBudgetError: before anything large is allocated, if the budget is too small.
-        DataError: if the image cannot be read or has another number of channels.
-        CheckpointError: if the run cannot be loaded.
-        PlanError: if the device asked for is not here.
+        DataError: if the image cannot be read or has another number of channels, the region lies on
+            another grid, or the map cannot be written.
+        CheckpointError: if a run cannot be loaded, or several do not belong together.
+        PlanError: if the device asked for is not here, or a label or map cannot be had.
     """
-    if not isinstance(run, Run):
-        run = load_run(run)
-    plan = run.plan
-    grid = image.grid if isinstance(image, Volume) else read_grid(_first_file(image))[0]
-    device = device or run.device
-    present_device(device)  # one that is not here is refused before the image is read
-    expected = forecast(run, grid, device=device)
-    logger.info("predicting at most %s for this image", format_bytes(expected.peak_bytes))
-    if memory is not None and expected.peak_bytes > parse_bytes(memory):
-        raise MemoryBudgetError(
-            f"an image of {grid.shape} voxels takes {format_bytes(expected.peak_bytes)}, "
-            f"the budget is {format_bytes(parse_bytes(memory))}; "
-            f"--memory {-(-expected.peak_bytes // 2**20)}MiB would do"
-        )
-    if isinstance(image, Case):
-        volume = read_image(image)
-    else:
-        volume = image if isinstance(image, Volume) else read_volume(image)
-    prepared = prepare_image(volume, plan)
-    del volume
-    predictor = Predictor(
-        run.headless or run.network,
-        plan.patch_size,
-        overlap=plan.inference.overlap,
+    runs = load_runs(run)
+    plan = runs[0].plan
+    values = [label.value for label in plan.labels]
+    maps = _maps(values, probabilities, entropy=entropy, out=out)
+    rule = postprocess or plan.inference.postprocess
+    task = Task(
+        given=_given(image),
+        budget_bytes=None if memory is None else parse_bytes(memory),
         tta=tta,
         device=device,
-        window_batch=plan.inference.window_batch,
-        precision=plan.precision,
+        skip_constant=skip_constant,
+        scratch=None if out is None else Path(out).parent,
     )
-    labels = restore_labels(predictor.slabs(prepared.image, progress=progress), prepared, plan)
-    del prepared
-    rule = postprocess or plan.inference.postprocess
-    cleaned, removals = remove_components(labels.array, labels.grid.voxel_mm3, rule)
-    logger.info("%s", describe(rule, removals))
-    result = Volume(array=cleaned, grid=labels.grid)
-    if out is not None:
-        write_volume(result, out)
-    return result
+    grid = task.given.grid
+    wanted = None if region is None else Region.of(region, grid)
+    if coarse is not None:
+        box = found_by(load_runs(coarse), task, margin_mm=margin_mm)
+        wanted = box if wanted is None else wanted.within(box.box)
+    sweep = task.sweep(runs, rule, writes=out is not None, maps=maps, region=wanted)
+    dtype, axis = np.min_scalar_type(max(values)), sweep.frame.native_axis
+
+    def pieces(done: int) -> Iterator[LabelSlab]:
+        return sweep.pieces(done, progress)
+
+    if out is None:
+        return collect_labels(pieces, grid, dtype, axis=axis, rule=rule)
+    out = Path(out)
+    names = [f"probability_{value}" for value in probabilities] + ["entropy"] * entropy
+    facts = (plan.patch_size, plan.inference.overlap, plan.precision, tta, rule, sweep.frame)
+    return LabelFile(
+        path=out,
+        grid=grid,
+        dtype=dtype,
+        axis=axis,
+        rule=rule,
+        resume=resume,
+        fingerprint=fingerprint(
+            facts,
+            values,
+            None if wanted is None else wanted.facts,
+            weights_of([one.network for one in runs]),
+            files_of(task.given.paths)
+            if isinstance(task.given, ImageFiles)
+            else voxels_of(sweep.source, sweep.frame.axis),
+        )
+        if resume
+        else "",
+        maps=tuple(out.parent / name / out.name for name in names),
+    ).write(pieces)
 
 
-def forecast(run: Run, grid: Grid, *, device: str | None = None) -> Forecast:
+def _maps(
+    values: Sequence[int], probabilities: Sequence[int], *, entropy: bool, out: str | Path | None
+) -> Maps:
+    for value in probabilities:
+        if value not in values:
+            raise PlanError(f"no label {value} to give probabilities of; expected some of {values}")
+    if (probabilities or entropy) and out is None:
+        raise PlanError("probabilities and entropy are written beside `out`; name it")
+    return Maps(classes=tuple(values.index(value) for value in probabilities), entropy=entropy)
+
+
+def forecast(
+    run: Runs,
+    grid: Grid,
+    *,
+    device: str | None = None,
+    tta: bool = False,
+    writes: bool = False,
+    file_voxel_bytes: int = 0,
+) -> Forecast:
     """Predict the memory of labelling an image on this grid, before anything is allocated.
 
     Args:
-        run: a loaded run.
+        run: as `predict` takes it.
         grid: the image's.
         device: as `predict` takes it.
+        tta: as `predict` takes it.
+        writes: whether the label map goes to a file.
+        file_voxel_bytes: of a voxel of the image's files; 0: the image is in memory already.
+
+    Returns:
+        The fastest way and what it takes.
     """
-    plan = run.plan
-    n_channels = len(plan.channels)
-    canonical = grid.reordered(grid.canonical_axes())
-    inner = canonical.with_spacing(plan.spacing)
-    axis = sweep_axis(padded_shape(inner.shape, plan.patch_size), plan.patch_size)
-    weights = sum(p.numel() * p.element_size() for p in run.network.parameters())
-    native = grid.n_voxels
-    image = 4 * n_channels * inner.n_voxels
-    label_bytes = np.min_scalar_type(max(label.value for label in plan.labels)).itemsize
-    return Forecast(
-        # as read (float32 at worst), resampled, normalised
-        reading_bytes=weights + 4 * n_channels * native + 2 * image,
-        sweeping_bytes=image
-        + run.window_bytes(device_kind(device or run.device))
-        + blending_bytes(
-            inner.shape,
-            plan.patch_size,
-            n_channels=n_channels,
-            n_blended=run.n_blended,
-            window_batch=plan.inference.window_batch,
-        )
-        + labelling_bytes(inner, grid, n_channels=run.n_blended, label_bytes=label_bytes, axis=axis)
-        + native * label_bytes,
-        # labels, their cleaned copy, and of the box around the foreground a copy and components
-        cleaning_bytes=weights + native * (3 * label_bytes + 4),
+    runs = load_runs(run)
+    demand = demand_of(
+        runs,
+        grid,
+        device=device or runs[0].device,
+        tta=tta,
+        rule=runs[0].plan.inference.postprocess,
+        writes=writes,
+        file_voxel_bytes=file_voxel_bytes,
     )
+    return next(forecasts(demand))
 
 
-def _first_file(image: str | Path | Case) -> str | Path:
-    return image.images[0] if isinstance(image, Case) else image
+def _given(image: str | Path | Volume | Case) -> ImageFiles | ImageArray:
+    if isinstance(image, Volume):
+        return ImageArray.given(image)
+    if isinstance(image, Case):
+        return ImageFiles.judged(image.images, name=image.name)
+    return ImageFiles.judged([image], name=str(image))

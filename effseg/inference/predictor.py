@@ -1,30 +1,44 @@
 """A network slid over a volume in overlapping windows, which is finished slab by slab."""
 
 import logging
-import math
-from collections.abc import Callable, Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from effseg.devices import Precision, present_device
+from effseg.devices import AUTOCAST, Precision, device_kind, present_device
 from effseg.errors import DataError, PlanError
-from effseg.inference.headless import Blend, choose_blend
+from effseg.inference.ahead import ahead
+from effseg.inference.budget import Demand, Forecast, Sums, choose, forecasts
+from effseg.inference.fingerprints import fingerprint, voxels_of, weights_of
+from effseg.inference.frontier import Frontier
+from effseg.inference.headless import Blend, choose_blend, finest
+from effseg.inference.heap import trim_heap
+from effseg.inference.output import LabelFile, collect_labels
 from effseg.inference.passes import Passes, mirrors
-from effseg.inference.windows import Frontier, PaddedImage
-from effseg.io import read_volume, write_volume
-from effseg.resample import SLAB_PLANES, Slab, Slabs, logits_to_labels
-from effseg.tiling import Sweep, frontier, padded_shape, sweep_axis
-from effseg.types import Array, Shape3
-from effseg.volume import Grid, Volume
+from effseg.inference.tracing import traced_outputs, traced_pass_bytes
+from effseg.inference.windows import SweptImage, inside_padded
+from effseg.plans import parse_bytes
+from effseg.preprocess import Frame
+from effseg.resample import SLAB_PLANES, LabelSlab, Slab, Slabs, label_slabs
+from effseg.sources import ArraySource, ChunkedArray, ImageArray, ImageFiles, ImageSource
+from effseg.tiling import Sweep, padded_shape
+from effseg.types import Array, Shape3, Slices3
+from effseg.volume import Volume
 
 logger = logging.getLogger("effseg")
 
 Progress = Callable[[int, int], None]
 """Called with (windows done, windows in all)."""
+
+Needed = Callable[[Slices3], bool]
+"""Called with a window's box of the image, whether it is to be passed."""
 
 
 class Predictor:
@@ -36,8 +50,8 @@ class Predictor:
     in an affine one that reads fewer channels than it makes, otherwise the logits.
 
     The windows sweep the volume along one axis. Sums exist for a stretch as long as a window, and
-    a slab that no later window touches is handed on: beside the image, memory depends neither on
-    the length of the volume nor, with such a head, on the number of classes.
+    a slab that no later window touches is handed on: memory depends neither on the length of the
+    volume nor, with such a head, on the number of classes. An image need not be in memory either.
 
     Args:
         network: takes (N, C, z, y, x), returns logits (N, classes, z, y, x), or a list of logits
@@ -51,6 +65,11 @@ class Predictor:
         precision: autocast type; "float32" switches autocast off.
         skip_constant: run windows of one constant value, such as clipped air, once for all that
             have the same; the result is the same.
+        memory: a budget such as "4GiB" for what `predict` takes of the host's memory, and of the
+            device's; None: no limit. Smaller passes, and sums on the host or the disk, are taken
+            to keep it.
+        scratch: folder of files that sums go to where memory is short; None: where the system has
+            its temporary ones.
 
     Raises:
         PlanError: if an argument is out of range or the device is not there.
@@ -67,6 +86,8 @@ class Predictor:
         window_batch: int = 1,
         precision: Precision = "float32",
         skip_constant: bool = False,
+        memory: str | int | None = None,
+        scratch: str | Path | None = None,
     ) -> None:
         if min(patch_size) < 1 or window_batch < 1:
             raise PlanError(
@@ -85,34 +106,129 @@ class Predictor:
         self.window_batch = window_batch
         self.precision = precision
         self.skip_constant = skip_constant
+        self.memory = None if memory is None else parse_bytes(memory)
+        self.scratch = Path(tempfile.gettempdir() if scratch is None else scratch)
         self._blend: Blend | None = None
+        self._n_classes: int | None = None
 
-    def predict(self, image: Array | Volume | str | Path, out: str | Path | None = None) -> Volume:
+    def predict(
+        self,
+        image: Array | ChunkedArray | Volume | str | Path,
+        out: str | Path | None = None,
+        *,
+        resume: bool = False,
+    ) -> Volume:
         """Label an image as it lies: no resampling, no normalisation.
 
         Args:
-            image: (z, y, x) or (C, z, y, x); an array, a `Volume`, or a file.
-            out: also write the label map there.
+            image: (z, y, x) or (C, z, y, x): an array, in memory or not, such as a memory map, a
+                Zarr array or an HDF5 data set, of which a stretch is read at a time; a `Volume` of
+                one; or a file.
+            out: write the label map there, slab by slab; its suffix names the format.
+            resume: go on with `out` where an earlier call with the same arguments was stopped.
 
         Returns:
             The index of the largest logit at each voxel, on the image's grid, in the smallest
-            unsigned type that holds the classes.
+            unsigned type that holds the classes. With `out` its voxels are read from there when
+            they are first asked for.
         """
+        given: ImageFiles | ImageArray
         if isinstance(image, str | Path):
-            image = read_volume(image)
-        if not isinstance(image, Volume):
-            depth, height, width = image.shape[-3:]
-            image = Volume(array=image, grid=Grid(shape=(depth, height, width)))
-        array = image.array if image.array.ndim == 4 else image.array[None]
-        slabs = self.slabs(np.asarray(array, dtype=np.float32))
-        result = logits_to_labels(slabs, image.grid, image.grid)
-        if out is not None:
-            write_volume(result, out)
-        return result
+            given = ImageFiles.judged([image], name=str(image))
+        else:
+            given = ImageArray.given(image)
+        way = self._way(given, writes=out is not None)
+        frame = way.frame
+        source = given.opened(whole=way.reading == "whole")
 
-    def logits(
-        self, image: npt.NDArray[np.float32], *, progress: Progress | None = None
-    ) -> npt.NDArray[np.float32]:
+        def pieces(start: int) -> Iterator[LabelSlab]:
+            slabs = self.slabs(
+                source,
+                axis=frame.axis,
+                start=start,
+                window_batch=way.window_batch,
+                sums=way.sums,
+            )
+            return label_slabs(slabs, frame.grid, frame.native, start=start)
+
+        dtype = np.min_scalar_type(self.n_classes(source.n_channels) - 1)
+        if out is None:
+            return collect_labels(pieces, frame.native, dtype, axis=frame.axis)
+        file = LabelFile(
+            path=Path(out),
+            grid=frame.native,
+            dtype=dtype,
+            axis=frame.axis,
+            resume=resume,
+            fingerprint=self._fingerprint(source, frame.axis) if resume else "",
+        )
+        return file.write(pieces)
+
+    def _way(self, given: ImageFiles | ImageArray, *, writes: bool) -> Forecast:
+        """How to label an image so that it fits the budget."""
+        kind = device_kind(self.device.type)
+        blend = self._blended(given.n_channels)
+        traced: dict[int, int] = {}
+
+        def pass_bytes(window_batch: int) -> int:
+            if window_batch not in traced:
+                shape = (window_batch, given.n_channels, *self.patch_size)
+                passes = [
+                    traced_pass_bytes(one, shape, autocast=AUTOCAST[self.precision], kind=kind)
+                    for one in blend.networks
+                ]
+                traced[window_batch] = max(passes) + weight_bytes * (len(passes) - 1) // len(passes)
+            return traced[window_batch]
+
+        weight_bytes = sum(
+            p.numel() * p.element_size() for one in self.networks for p in one.parameters()
+        )
+        n_classes = self.n_classes(given.n_channels)
+        demand = Demand(
+            frame=lambda axis: Frame.as_it_lies(given.grid, axis=axis),
+            is_file=isinstance(given, ImageFiles),
+            lies_ready=isinstance(given, ImageArray) and ArraySource(given.array).whole is not None,
+            voxel_bytes=given.voxel_bytes,
+            n_channels=given.n_channels,
+            n_blended=self.n_blended(given.n_channels),
+            patch_size=self.patch_size,
+            window_batch=self.window_batch,
+            mirrored=len(self.mirrors) > 1,
+            label_bytes=np.min_scalar_type(n_classes - 1).itemsize,
+            keeps_labels=not writes,
+            n_maps=0,
+            has_rule=False,
+            kind=kind,
+            pass_bytes=pass_bytes,
+            weight_bytes=weight_bytes,
+        )
+        if self.memory is None:  # then nothing needs to be traced, which not every network can be
+            demand = replace(demand, pass_bytes=lambda _: 0)
+            return next(forecasts(demand))
+        free = torch.cuda.mem_get_info(self.device)[0] if kind == "cuda" else None
+        return choose(forecasts(demand), budget_bytes=self.memory, free_bytes=free)
+
+    def n_blended(self, n_channels: int) -> int:
+        """How many channels are blended, features or logits, of an image with so many channels."""
+        head = self._blended(n_channels).head
+        return self.n_classes(n_channels) if head is None else head.weight.shape[1]
+
+    def n_classes(self, n_channels: int) -> int:
+        """How many logits a voxel has, of an image with so many channels."""
+        blend = self._blended(n_channels)
+        if blend.head is not None:
+            return blend.head.n_classes
+        if self._n_classes is None:
+            shape = (1, n_channels, *self.patch_size)
+            try:
+                self._n_classes = traced_outputs(blend.networks[0], shape)
+            except Exception:  # what a network cannot do without memory it may do with it
+                with torch.inference_mode():
+                    window = torch.zeros(shape, device=self.device)
+                    self._n_classes = finest(blend.networks[0](window)).shape[1]
+        return self._n_classes
+
+    def logits(self, image: Array, *, progress: Progress | None = None) -> npt.NDArray[np.float32]:
         """Blend the network's logits over an image, all at once: classes x voxels.
 
         Args:
@@ -128,13 +244,31 @@ class Predictor:
         slabs = self.slabs(image, progress=progress)
         return np.concatenate([values for _, values in slabs], axis=1 + slabs.axis)
 
-    def slabs(self, image: npt.NDArray[np.float32], *, progress: Progress | None = None) -> Slabs:
+    def slabs(
+        self,
+        image: Array | ChunkedArray | ImageSource,
+        *,
+        axis: int | None = None,
+        backwards: bool = False,
+        start: int = 0,
+        needed: Needed | None = None,
+        progress: Progress | None = None,
+        window_batch: int | None = None,
+        sums: Sums = "device",
+    ) -> Slabs:
         """Blend over an image and hand on what is finished, from one end to the other.
 
         Args:
             image: (C, z, y, x), as the network was trained to see it; axes shorter than the
                 window are padded with each channel's minimum.
+            axis: to sweep along; None: where the stretch under way is smallest.
+            backwards: the image is given from the end of that axis to its start. Windows are placed
+                and seen as in the image the right way round.
+            start: the first position along the axis that is wanted.
+            needed: which windows to pass; None: all. Where none was, logits or features are 0.
             progress: called after each pass.
+            window_batch: windows in one pass; None: the predictor's.
+            sums: where windows are summed up.
 
         Returns:
             Pairs (start along its axis, logits (classes, z, y, x)), made as they are asked for; or,
@@ -143,82 +277,107 @@ class Predictor:
         Raises:
             DataError: from the slabs, if a value is not finite: no label can be trusted then.
         """
-        if self._blend is None:
-            self._blend = choose_blend(self.networks, (1, len(image), *self.patch_size))
-        padded = PaddedImage(image, self.patch_size)
-        plan = Sweep.over(padded.shape, self.patch_size, overlap=self.overlap)
+        source = image if isinstance(image, ImageSource) else ArraySource(image)
+        blend = self._blended(source.n_channels)
+        sweep = Sweep.over(
+            padded_shape(source.shape, self.patch_size),
+            self.patch_size,
+            overlap=self.overlap,
+            axis=axis,
+            backwards=backwards,
+        )
+        parts = self._parts(
+            source,
+            sweep,
+            start,
+            blend,
+            needed,
+            progress,
+            window_batch or self.window_batch,
+            sums,
+        )
         return Slabs(
-            axis=plan.axis,
-            shape=(image.shape[1], image.shape[2], image.shape[3]),
-            parts=self._parts(padded, plan, self._blend, progress),
-            head=self._blend.head,
+            axis=sweep.axis,
+            shape=source.shape,
+            # a device goes on while slabs are made into labels and written
+            parts=ahead(parts) if self.device.type == "cuda" else parts,
+            head=blend.head,
         )
 
-    @torch.inference_mode()
+    def _blended(self, n_channels: int) -> Blend:
+        if self._blend is None:
+            self._blend = choose_blend(self.networks, (1, n_channels, *self.patch_size))
+        return self._blend
+
+    def _fingerprint(self, source: ImageSource, axis: int) -> str:
+        options = (self.patch_size, self.overlap, self.mirrors, self.precision)
+        return fingerprint(options, weights_of(self.networks), voxels_of(source, axis))
+
     def _parts(
-        self, image: PaddedImage, plan: Sweep, blend: Blend, progress: Progress | None
-    ) -> Iterator[Slab]:
-        blended: Frontier | None = None
+        self,
+        source: ImageSource,
+        sweep: Sweep,
+        start: int,
+        blend: Blend,
+        needed: Needed | None,
+        progress: Progress | None,
+        window_batch: int,
+        sums: Sums,
+    ) -> Generator[Slab, None, None]:
+        sweep = sweep.reaching(inside_padded(source.shape, sweep)[sweep.axis].start + start)
+        image = SweptImage(source, sweep)
+        inside = image.inside[sweep.axis]
+        n_blended = None if needed is None else self.n_blended(source.n_channels)
+        n_passes = len(self.mirrors) * (1 if blend.head else len(blend.networks))
         passes = Passes(
             blend,
             mirrors=self.mirrors,
+            backwards=sweep.axis if sweep.backwards else None,
+            frontier=lambda n: Frontier(
+                n,
+                sweep,
+                n_passes=n_passes,
+                device=self.device if sums == "device" else torch.device("cpu"),
+                folder=self.scratch if sums == "disk" else None,
+            ),
             device=self.device,
             precision=self.precision,
             skip_constant=self.skip_constant,
         )
-        inside = image.inside[plan.axis]
-        done = 0
-        for layer in plan.layers:
-            for start in range(0, len(layer.windows), self.window_batch):
-                boxes = layer.windows[start : start + self.window_batch]
-                for box, values in passes.run(image, boxes):
-                    if blended is None:
-                        blended = Frontier(len(values), plan, device=self.device)
-                    blended.add(box, values)
-                    del values
-                done += len(boxes)
-                if progress is not None:
-                    progress(done, plan.n_windows)
-            assert blended is not None
-            low, high = max(layer.start, inside.start), min(layer.stop, inside.stop)
-            for first in range(low, high, SLAB_PLANES):
-                last = min(high, first + SLAB_PLANES)
-                yield first - inside.start, _finite(blended.take(first, last), image, plan.axis)
+        with closing(passes):
+            done = 0
+            for layer in sweep.layers:
+                image.load(layer.start + self.patch_size[sweep.axis])
+                boxes = [box for box in layer.windows if needed is None or needed(image.given(box))]
+                passes.n_needless += len(layer.windows) - len(boxes)
+                for first in range(0, len(boxes), window_batch):
+                    batch = boxes[first : first + window_batch]
+                    passes.run(image, batch)
+                    done += len(batch)
+                    if progress is not None:
+                        progress(done + passes.n_needless, sweep.n_windows)
+                low, high = max(layer.start, inside.start + start), min(layer.stop, inside.stop)
+                if low > layer.start and passes.blended is not None:
+                    passes.blended.drop(layer.start, min(low, layer.stop))
+                for first in range(low, high, SLAB_PLANES):
+                    last = min(high, first + SLAB_PLANES)
+                    yield first - inside.start, _taken(passes.sums(n_blended), first, last, image)
+                trim_heap()
         if self.skip_constant:
             logger.info("%d of %d windows were constant, and skipped", passes.n_skipped, done)
+        if needed is not None:
+            logger.info("%d of %d windows were needed", done, sweep.n_windows)
 
 
-def blending_bytes(
-    shape: Shape3, patch_size: Shape3, *, n_channels: int, n_blended: int, window_batch: int
-) -> int:
-    """What `Predictor.slabs` takes at most beside the image and a pass of the network.
-
-    Args:
-        shape: the image's (z, y, x).
-        patch_size: of a window.
-        n_channels: the image's.
-        n_blended: channels of what is blended, features or logits.
-        window_batch: windows in one pass.
-    """
-    padded = padded_shape(shape, patch_size)
-    axis = sweep_axis(padded, patch_size)
-    under_way = math.prod(frontier(padded, patch_size, axis))
-    window = math.prod(patch_size)
-    # the sums, their shares and weights; windows cut and side by side; the sum over mirrors and
-    # one more output; the slab where it was blended and on the host
-    blended = (n_blended + 1) * under_way + window
-    passed = window_batch * window * 2 * (n_channels + n_blended)
-    slab = 2 * n_blended * SLAB_PLANES * under_way // patch_size[axis]
-    return 4 * (blended + passed + slab)
-
-
-def _finite(means: Tensor, image: PaddedImage, axis: int) -> npt.NDArray[np.float32]:
+@torch.inference_mode()
+def _taken(blended: Frontier, start: int, stop: int, image: SweptImage) -> npt.NDArray[np.float32]:
     """A finished slab on the host, without what was padded beside it."""
-    if not bool(torch.isfinite(means).all()):
+    means = blended.take(start, stop)
+    if not bool(torch.isfinite(means.sum())):  # a sum takes no memory of the slab's size
         raise DataError(
             "the network gave logits that are not finite; check the image for NaN and absurd "
             "values, or predict in float32"
         )
     inside = list(image.inside)
-    inside[axis] = slice(None)
+    inside[blended.axis] = slice(None)
     return means[(slice(None), *inside)].cpu().numpy()

@@ -1,9 +1,11 @@
 """A trained run as it lies in its folder: the plan and the weights."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import TypeAlias
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -12,7 +14,7 @@ from torch import nn
 from effseg.devices import AUTOCAST, DeviceKind, is_present
 from effseg.errors import CheckpointError, PlanError
 from effseg.inference.headless import Headless, find_headless
-from effseg.memory import trace_forward
+from effseg.inference.tracing import traced_pass_bytes
 from effseg.networks import build_network
 from effseg.plans import Plan
 from effseg.record import PLAN, WEIGHTS
@@ -27,7 +29,7 @@ class Run:
     folder: Path
     plan: Plan
     network: nn.Module
-    _window_bytes: dict[DeviceKind, int] = field(
+    _window_bytes: dict[tuple[DeviceKind, int], int] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
 
@@ -49,25 +51,25 @@ class Run:
         shape = (1, len(self.plan.channels), *self.plan.patch_size)
         return find_headless(self.network, shape)
 
-    @property
-    def n_blended(self) -> int:
-        """How many channels are blended: features below the head, or logits."""
-        headless = self.headless
-        return len(self.plan.labels) if headless is None else headless.conv.in_channels
+    def window_bytes(self, kind: DeviceKind, window_batch: int | None = None) -> int:
+        """What one pass over a batch of windows takes at most, weights included; traced once.
 
-    def window_bytes(self, kind: DeviceKind) -> int:
-        """What one pass over a batch of windows takes at most, weights included; traced once."""
-        if kind not in self._window_bytes:
-            plan = self.plan
-            shape = (plan.inference.window_batch, len(plan.channels), *plan.patch_size)
-            report = trace_forward(
+        On a CUDA device with what its allocator keeps for itself.
+        """
+        plan = self.plan
+        n = plan.inference.window_batch if window_batch is None else window_batch
+        if (kind, n) not in self._window_bytes:
+            self._window_bytes[kind, n] = traced_pass_bytes(
                 self.headless or self.network,
-                shape,
+                (n, len(plan.channels), *plan.patch_size),
                 autocast=AUTOCAST[plan.precision],
-                device=kind,
+                kind=kind,
             )
-            self._window_bytes[kind] = report.peak_bytes
-        return self._window_bytes[kind]
+        return self._window_bytes[kind, n]
+
+
+Runs: TypeAlias = str | Path | Run | Sequence[str | Path | Run]
+"""A run or several, loaded or where they lie."""
 
 
 def load_run(folder: str | Path) -> Run:
@@ -105,3 +107,25 @@ def load_run(folder: str | Path) -> Run:
         raise CheckpointError(f"{weights}: tensor {extra[0]} is not in {PLAN}'s network")
     network.load_state_dict(state)
     return Run(folder=folder, plan=plan, network=network.eval())
+
+
+def load_runs(run: Runs) -> tuple[Run, ...]:
+    """The runs that are meant, loaded.
+
+    Raises:
+        CheckpointError: if one cannot be loaded, or they do not belong together.
+    """
+    given = [run] if isinstance(run, str | Path | Run) else list(run)
+    runs = tuple(one if isinstance(one, Run) else load_run(one) for one in given)
+    if not runs:
+        raise CheckpointError("no run; expected one or more")
+    for name in ("patch_size", "spacing", "channels", "labels"):
+        ours = getattr(runs[0].plan, name)
+        for other in runs[1:]:
+            theirs = getattr(other.plan, name)
+            if theirs != ours:
+                raise CheckpointError(
+                    f"{runs[0].folder} and {other.folder} differ in {name}, {ours} vs {theirs}; "
+                    "only runs of one plan, such as folds, can be averaged"
+                )
+    return runs

@@ -1,0 +1,194 @@
+"""Runs on their way over an image: in memory that is known before."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from effseg.devices import device_kind, present_device
+from effseg.inference.budget import Demand, Forecast, choose, forecasts
+from effseg.inference.output import removes
+from effseg.inference.predictor import Predictor, Progress
+from effseg.inference.region import Region
+from effseg.inference.run import Run
+from effseg.plans import PostprocessConfig
+from effseg.postprocess import ComponentStream
+from effseg.preprocess import Frame, PreparedSlabs, check_channels
+from effseg.resample import LabelSlab, Maps, first_needed, label_slabs
+from effseg.sources import ImageArray, ImageFiles
+from effseg.volume import Grid
+
+logger = logging.getLogger("effseg")
+
+
+@dataclass(frozen=True)
+class RunSweep:
+    """Runs on their way over an image."""
+
+    frame: Frame
+    source: PreparedSlabs
+    predictor: Predictor
+    way: Forecast
+    values: Sequence[int]
+    maps: Maps
+    region: Region | None
+
+    def pieces(self, done: int, progress: Progress | None) -> Iterator[LabelSlab]:
+        """The labels behind so many finished planes."""
+        frame, region = self.frame, self.region
+        slabs = self.predictor.slabs(
+            self.source,
+            axis=frame.axis,
+            backwards=frame.backwards,
+            start=first_needed(frame.grid, frame.native, axis=frame.axis, start=done),
+            needed=None if region is None else region.needed(frame.grid, frame.native),
+            window_batch=self.way.window_batch,
+            sums=self.way.sums,
+            progress=progress,
+        )
+        for box, labels, made in label_slabs(
+            slabs, frame.grid, frame.native, values=self.values, start=done, maps=self.maps
+        ):
+            if region is not None:
+                outside = region.outside(box)
+                labels[outside] = self.values[0]
+                made[:, outside] = 0
+                for index, one in zip(self.maps.classes, made, strict=False):
+                    if index == 0:
+                        one[outside] = 1
+            yield box, labels, made
+
+
+@dataclass(frozen=True)
+class Task:
+    """An image, and what holds for every run that labels it."""
+
+    given: ImageFiles | ImageArray
+    budget_bytes: int | None
+    tta: bool
+    device: str | None
+    skip_constant: bool
+    scratch: Path | None
+
+    def sweep(
+        self,
+        runs: Sequence[Run],
+        rule: PostprocessConfig,
+        *,
+        writes: bool,
+        maps: Maps,
+        region: Region | None,
+    ) -> RunSweep:
+        """Choose the way that fits, and get everything ready."""
+        plan, given = runs[0].plan, self.given
+        check_channels(given.n_channels, plan)
+        device = self.device or runs[0].device
+        present_device(device)  # one that is not here is refused before the image is read
+        demand = demand_of(
+            runs,
+            given.grid,
+            device=device,
+            tta=self.tta,
+            rule=rule,
+            writes=writes,
+            file_voxel_bytes=given.voxel_bytes,
+            n_maps=maps.n,
+        )
+        way = choose(
+            forecasts(demand),
+            budget_bytes=self.budget_bytes,
+            free_bytes=torch.cuda.mem_get_info(device)[0] if demand.kind == "cuda" else None,
+        )
+        predictor = Predictor(
+            [one.headless or one.network for one in runs],
+            plan.patch_size,
+            overlap=plan.inference.overlap,
+            tta=self.tta,
+            device=device,
+            precision=plan.precision,
+            skip_constant=self.skip_constant,
+            scratch=self.scratch,
+        )
+        image = given.opened(whole=way.reading == "whole")
+        return RunSweep(
+            frame=way.frame,
+            source=PreparedSlabs(image, way.frame, plan),
+            predictor=predictor,
+            way=way,
+            values=[label.value for label in plan.labels],
+            maps=maps,
+            region=region,
+        )
+
+
+def found_by(runs: Sequence[Run], task: Task, *, margin_mm: float) -> Region:
+    """The box around what a coarse run finds, its noise removed."""
+    rule, grid = runs[0].plan.inference.postprocess, task.given.grid
+    sweep = task.sweep(runs, rule, writes=True, maps=Maps(), region=None)
+    axis = sweep.frame.native_axis
+    with ComponentStream(grid.voxel_mm3, rule) as stream:
+        for _, labels, _ in sweep.pieces(0, None):
+            stream.add(np.moveaxis(labels, axis, 0))
+        boxes = []
+        for component in stream.kept:
+            box = list(component.box[1:])
+            box.insert(axis, component.box[0])
+            boxes.append((box[0], box[1], box[2]))
+    region = Region.around(boxes, grid, margin_mm=margin_mm)
+    lengths = " x ".join(str(part.stop - part.start) for part in region.box)
+    logger.info("the coarse run found something in %s voxels of %s", lengths, grid.shape)
+    return region
+
+
+def demand_of(
+    runs: Sequence[Run],
+    grid: Grid,
+    *,
+    device: str,
+    tta: bool,
+    rule: PostprocessConfig,
+    writes: bool,
+    file_voxel_bytes: int,
+    n_maps: int = 0,
+) -> Demand:
+    """What memory depends on when some runs label an image on this grid."""
+    plan, kind = runs[0].plan, device_kind(device)
+    weight_bytes = sum(
+        p.numel() * p.element_size() for one in runs for p in one.network.parameters()
+    )
+    n_blended = n_blended_of(runs)
+
+    def pass_bytes(window_batch: int) -> int:
+        """Of the run that takes most; the others' weights lie beside it."""
+        largest = max(one.window_bytes(kind, window_batch) for one in runs)
+        return largest + weight_bytes * (len(runs) - 1) // len(runs)
+
+    return Demand(
+        frame=lambda axis: Frame.of(grid, plan, axis=axis),
+        is_file=file_voxel_bytes > 0,
+        lies_ready=False,
+        voxel_bytes=file_voxel_bytes,
+        n_channels=len(plan.channels),
+        n_blended=n_blended,
+        patch_size=plan.patch_size,
+        window_batch=plan.inference.window_batch,
+        mirrored=tta,
+        label_bytes=np.min_scalar_type(max(label.value for label in plan.labels)).itemsize,
+        keeps_labels=not writes,
+        n_maps=n_maps,
+        has_rule=removes(rule),
+        kind=kind,
+        pass_bytes=pass_bytes,
+        weight_bytes=weight_bytes,
+    )
+
+
+def n_blended_of(runs: Sequence[Run]) -> int:
+    """How many channels are blended of several runs."""
+    features = sum(one.headless.conv.in_channels for one in runs if one.headless is not None)
+    n_classes = len(runs[0].plan.labels)
+    every = all(one.headless is not None for one in runs)
+    return features if every and features < n_classes else n_classes
