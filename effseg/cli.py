@@ -214,6 +214,23 @@ def predict(
         bool,
         typer.Option("--skip-existing", help="keep label maps that are there; else: replace them"),
     ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="go on with cases where a run was stopped")
+    ] = False,
+    skip_constant: Annotated[
+        bool, typer.Option("--skip-constant", help="pass windows of one value, air, only once")
+    ] = False,
+    coarse: Annotated[
+        Path | None,
+        typer.Option("--coarse", help="a run that finds the region to label", metavar="RUN"),
+    ] = None,
+    probabilities: Annotated[
+        list[int] | None,
+        typer.Option("--probabilities", help="a label whose probability is written too; repeat"),
+    ] = None,
+    entropy: Annotated[
+        bool, typer.Option("--entropy", help="write how unsure each voxel is too, in nats")
+    ] = False,
 ) -> None:
     """Label images on their own grids; a case that fails is named and the others go on."""
     from effseg.inference import CaseResult, find_images, load_run, predict_cases, shard_of
@@ -221,6 +238,7 @@ def predict(
     from effseg.plans import format_bytes
 
     loaded = load_run(run)
+    rough = None if coarse is None else load_run(coarse)
     cases = list(find_images(inputs, n_channels=len(loaded.plan.channels)).values())
     n_all = len(cases)
     if shard is not None:
@@ -247,6 +265,11 @@ def predict(
                 tta=tta,
                 device=device,
                 skip_existing=skip_existing,
+                resume=resume,
+                skip_constant=skip_constant,
+                coarse=rough,
+                probabilities=probabilities or (),
+                entropy=entropy,
                 progress=advance,
                 report=report,
             )

@@ -105,6 +105,20 @@ def test_a_data_set_is_looked_at_once_before_training(
     assert trained == [("balls", "balls")]
 
 
+def test_a_prediction_takes_a_coarse_run_and_writes_maps(
+    tiny_run: Path, tiny_dataset: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    arguments = ["predict", tiny_run, tiny_dataset / "images" / "ball_0.nii.gz", "--out", out]
+    arguments += ["--coarse", tiny_run, "--resume", "--skip-constant", "--entropy"]
+    effseg(*arguments, "--probabilities", "1", "--probabilities", "2")
+    found = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
+    folders = ("", "entropy/", "probability_1/", "probability_2/")
+    assert found == {f"{folder}ball_0.nii.gz" for folder in folders}
+    said = effseg(*arguments, "--probabilities", "7", expect=2)
+    assert "no label 7 to give probabilities of" in said
+
+
 def test_a_budget_too_small_is_out_of_resources(tiny_dataset: Path, tmp_path: Path) -> None:
     out = tmp_path / "p.json"
     said = effseg("plan", tiny_dataset, "--memory", "1MiB", "--out", out, expect=3)
