@@ -268,7 +268,7 @@ def whole_body(
         voxels[...] = rng.integers(-1000, 1000, (shape[0], shape[1] // 8, 1)).repeat(8, axis=1)
         effseg.write_volume(Volume(array=voxels, grid=grid), image)
         del voxels
-        predicted = forecast(run, grid).peak_bytes
+        predicted = forecast(run, grid, writes=True, file_voxel_bytes=2).peak_bytes
         out = Path(folder) / "labels.nii.gz"
         result = measured(lambda: effseg.predict(run, image, out=out) and None)
         return replace(result, predicted_bytes=predicted, process_bytes=peak_resident_bytes())

@@ -294,6 +294,17 @@ def test_what_is_there_is_kept_or_replaced(
     assert values(out)["case_2"] == 2
 
 
+def test_what_goes_on_from_files_is_read_and_written_in_turn(
+    run: Run, images: list[Case], tmp_path: Path, faked: Faked
+) -> None:
+    predict_cases(run, images, out=tmp_path / "a", resume=True)
+    assert faked.sources == ["Case"] * 4
+    assert faked.behind == []
+    predict_cases(run, images, out=tmp_path / "b", entropy=True)
+    assert faked.sources[4:] == ["Case", "Volume", "Volume", "Volume"]
+    assert faked.behind == []
+
+
 def test_shards_split_the_cases(images: list[Case]) -> None:
     named = [Case(f"c{i:02d}", images[0].images, None) for i in (3, 1, 4, 0, 2)]
     parts = [[case.name for case in shard_of(named, f"{i}/3")] for i in (1, 2, 3)]

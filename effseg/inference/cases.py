@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +54,11 @@ def predict_cases(
     tta: bool = False,
     device: str | None = None,
     postprocess: PostprocessConfig | None = None,
+    resume: bool = False,
+    skip_constant: bool = False,
+    coarse: Run | None = None,
+    probabilities: Sequence[int] = (),
+    entropy: bool = False,
     skip_existing: bool = False,
     progress: CaseProgress | None = None,
     report: Callable[[CaseResult], None] | None = None,
@@ -71,6 +77,11 @@ def predict_cases(
         tta: as `predict` takes it.
         device: as `predict` takes it.
         postprocess: a rule in place of the plan's.
+        resume: as `predict` takes it; each case is read from its files and written in its turn.
+        skip_constant: as `predict` takes it.
+        coarse: as `predict` takes it.
+        probabilities: as `predict` takes them; each case is written in its turn.
+        entropy: likewise.
         skip_existing: keep the label maps that are there and do only what is missing.
         progress: called after each pass of the network.
         report: called with each result as soon as it is known.
@@ -92,9 +103,21 @@ def predict_cases(
     targets = _targets(cases, Path(out))
     queue = _Queue(
         run,
-        tta=tta,
+        partial(
+            predict,
+            run,
+            tta=tta,
+            device=device,
+            postprocess=postprocess,
+            resume=resume,
+            skip_constant=skip_constant,
+            coarse=coarse,
+            probabilities=probabilities,
+            entropy=entropy,
+        ),
+        reads_ahead=not resume,
+        writes_behind=not (resume or probabilities or entropy),
         device=device,
-        postprocess=postprocess,
         budget_bytes=budget_bytes,
         progress=progress or (lambda *_: None),
         report=report or (lambda _: None),
@@ -166,19 +189,21 @@ class _Queue:
     def __init__(
         self,
         run: Run,
+        predict_one: Callable[..., Volume],
         *,
-        tta: bool,
+        reads_ahead: bool,
+        writes_behind: bool,
         device: str | None,
-        postprocess: PostprocessConfig | None,
         budget_bytes: int | None,
         progress: CaseProgress,
         report: Callable[[CaseResult], None],
     ) -> None:
         self.results: list[CaseResult] = []
         self._run = run
-        self._tta = tta
+        self._predict_one = predict_one
+        self._reads_ahead = reads_ahead
+        self._writes_behind = writes_behind
         self._device = device
-        self._postprocess = postprocess
         self._budget_bytes = budget_bytes
         self._progress = progress
         self._report = report
@@ -240,13 +265,19 @@ class _Queue:
             later_bytes = 0
             if following is not None:
                 later_bytes = following.peak_bytes
-                if self._fits(job.peak_bytes + beside_bytes + following.reading_bytes) and (
-                    self._fits(following.peak_bytes + following.image_bytes)
+                if (
+                    self._reads_ahead
+                    and self._fits(job.peak_bytes + beside_bytes + following.reading_bytes)
+                    and self._fits(following.peak_bytes + following.image_bytes)
                 ):
                     self._reading = self._reader.submit(read_image, following.case)
                     beside_bytes += following.reading_bytes
                     later_bytes += following.image_bytes
-            behind = following is not None and self._fits(later_bytes + job.label_bytes)
+            behind = (
+                self._writes_behind
+                and following is not None
+                and self._fits(later_bytes + job.label_bytes)
+            )
             try:
                 labels = self._predict(
                     job,
@@ -275,14 +306,10 @@ class _Queue:
     def _predict(
         self, job: _Job, image: Case | Volume, *, out: Path | None, beside_bytes: int
     ) -> Volume:
-        return predict(
-            self._run,
+        return self._predict_one(
             image,
             out=out,
             memory=None if self._budget_bytes is None else self._budget_bytes - beside_bytes,
-            tta=self._tta,
-            device=self._device,
-            postprocess=self._postprocess,
             progress=self._within(job),
         )
 
