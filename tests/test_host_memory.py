@@ -122,3 +122,25 @@ def test_mapped_blocks_are_given_back_when_they_are_freed():
         assert resident_bytes() - before <= 16 * MIB
         assert float(kept.sum()) == MIB
     assert resident.stop() >= 120 * MIB
+
+
+@linux
+def test_the_last_to_leave_lets_the_heap_keep_memory_again():
+    kept_bytes = 2 * MIB
+
+    def left_after_freeing():
+        before = resident_bytes()
+        several = [torch.ones(kept_bytes // 4) for _ in range(32)]
+        top = several[31]
+        del several
+        left = resident_bytes() - before
+        del top
+        return left
+
+    with mapped_blocks() as mapped:
+        if not mapped:
+            pytest.skip("the C library is not glibc")
+        with mapped_blocks():
+            assert left_after_freeing() <= 8 * MIB
+        assert left_after_freeing() <= 8 * MIB
+    assert left_after_freeing() >= 16 * MIB

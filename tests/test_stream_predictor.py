@@ -276,7 +276,7 @@ def test_constant_windows_are_skipped_exactly_and_counted(window_batch, caplog) 
 def living_bytes() -> int:
     """Of all tensors that are alive."""
     storages = [o.untyped_storage() for o in gc.get_objects() if type(o) is Tensor]
-    return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
+    return sum({s._cdata: s.nbytes() for s in storages}.values())
 
 
 @pytest.mark.parametrize(("n_classes", "channels"), [(3, 3), (118, 16)])

@@ -14,6 +14,7 @@ from effseg.inference.predictor import Progress
 from effseg.inference.region import Region
 from effseg.inference.run import Runs, load_runs
 from effseg.inference.task import Task, demand_of, found_by
+from effseg.memory import mapped_blocks
 from effseg.plans import PostprocessConfig, parse_bytes
 from effseg.resample import LabelSlab, Maps
 from effseg.sources import ImageArray, ImageFiles
@@ -112,11 +113,12 @@ def predict(
         return sweep.pieces(done, progress)
 
     if out is None:
-        return collect_labels(pieces, grid, dtype, axis=axis, rule=rule)
+        with mapped_blocks():
+            return collect_labels(pieces, grid, dtype, axis=axis, rule=rule)
     out = Path(out)
     names = [f"probability_{value}" for value in probabilities] + ["entropy"] * entropy
     facts = (plan.patch_size, plan.inference.overlap, plan.precision, tta, rule, sweep.frame)
-    return LabelFile(
+    file = LabelFile(
         path=out,
         grid=grid,
         dtype=dtype,
@@ -135,7 +137,9 @@ def predict(
         if resume
         else "",
         maps=tuple(out.parent / name / out.name for name in names),
-    ).write(pieces)
+    )
+    with mapped_blocks():
+        return file.write(pieces)
 
 
 def _maps(

@@ -19,11 +19,11 @@ from effseg.inference.budget import Demand, Forecast, Sums, choose, forecasts
 from effseg.inference.fingerprints import fingerprint, voxels_of, weights_of
 from effseg.inference.frontier import Frontier
 from effseg.inference.headless import Blend, choose_blend, finest
-from effseg.inference.heap import trim_heap
 from effseg.inference.output import LabelFile, collect_labels
 from effseg.inference.passes import Passes, mirrors
 from effseg.inference.tracing import traced_outputs, traced_pass_bytes
 from effseg.inference.windows import SweptImage, inside_padded
+from effseg.memory import mapped_blocks
 from effseg.plans import parse_bytes
 from effseg.preprocess import Frame
 from effseg.resample import SLAB_PLANES, LabelSlab, Slab, Slabs, label_slabs
@@ -153,7 +153,8 @@ class Predictor:
 
         dtype = np.min_scalar_type(self.n_classes(source.n_channels) - 1)
         if out is None:
-            return collect_labels(pieces, frame.native, dtype, axis=frame.axis)
+            with mapped_blocks():
+                return collect_labels(pieces, frame.native, dtype, axis=frame.axis)
         file = LabelFile(
             path=Path(out),
             grid=frame.native,
@@ -162,7 +163,8 @@ class Predictor:
             resume=resume,
             fingerprint=self._fingerprint(source, frame.axis) if resume else "",
         )
-        return file.write(pieces)
+        with mapped_blocks():
+            return file.write(pieces)
 
     def _way(self, given: ImageFiles | ImageArray, *, writes: bool) -> Forecast:
         """How to label an image so that it fits the budget."""
@@ -362,7 +364,6 @@ class Predictor:
                 for first in range(low, high, SLAB_PLANES):
                     last = min(high, first + SLAB_PLANES)
                     yield first - inside.start, _taken(passes.sums(n_blended), first, last, image)
-                trim_heap()
         if self.skip_constant:
             logger.info("%d of %d windows were constant, and skipped", passes.n_skipped, done)
         if needed is not None:

@@ -1,14 +1,14 @@
 """What a pass over windows takes, from a trace of it: nothing is allocated."""
 
-import math
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from effseg.devices import DeviceKind
-from effseg.inference.headless import Headless, finest
+from effseg.inference.headless import finest
 from effseg.memory import trace_forward
+from effseg.memory.host_workspace import HOST_BYTES
 
 
 def traced_pass_bytes(
@@ -29,14 +29,10 @@ def traced_pass_bytes(
     Raises:
         PlanError: if the network cannot be traced.
     """
-    copied = [0]
-    # a function is not copied with the module that is traced
-    watched = _Watched(network, lambda n_bytes: copied.append(n_bytes))
-    report = trace_forward(watched, shape, autocast=autocast, device=kind)
+    report = trace_forward(network, shape, autocast=autocast, device=kind)
+    assert report.device_bytes is not None
     if kind == "cpu":
-        # found on torch 2.10: one channel goes through columns of the kernel's size, several are
-        # brought into another order first
-        return report.peak_bytes + max(copied)
+        return report.device_bytes - HOST_BYTES  # that is the process's own, not the pass's
     return max(report.peak_bytes, report.reserved_bytes or 0)
 
 
@@ -66,31 +62,4 @@ class _Counted(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         output = finest(self.network(image))
         self.tell(output.shape[1])
-        return output
-
-
-class _Watched(nn.Module):
-    """A network that notes what its convolutions copy of what they read."""
-
-    def __init__(self, network: nn.Module, tell: Callable[[int], None]) -> None:
-        super().__init__()
-        self.network = network
-        self.tell = tell
-
-    def forward(self, image: Tensor) -> Tensor:
-        def note(conv: nn.Conv3d, given: tuple[Tensor, ...]) -> None:
-            n_columns = math.prod(conv.kernel_size) if conv.in_channels == 1 else 1
-            self.tell(given[0].numel() * given[0].element_size() * n_columns)
-
-        left_out = self.network.conv if isinstance(self.network, Headless) else None
-        hooks = [
-            module.register_forward_pre_hook(note)
-            for module in self.network.modules()
-            if isinstance(module, nn.Conv3d) and module is not left_out
-        ]
-        try:
-            output: Tensor = self.network(image)
-        finally:
-            for hook in hooks:
-                hook.remove()
         return output

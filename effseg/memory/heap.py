@@ -8,6 +8,7 @@ clears each page anew (mallopt(3), M_MMAP_THRESHOLD).
 """
 
 import ctypes
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -20,24 +21,39 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Of mallopt, in malloc.h."""
 
 
+_entered = 0
+_lock = threading.Lock()
+
+
 @contextmanager
 def mapped_blocks() -> Iterator[bool]:
     """Map large blocks one by one, in the whole process; yields whether the C library can.
 
-    Afterwards glibc is left as it is after a while of work with large blocks: it keeps those below
-    32 MiB, but no longer changes its mind by what it sees.
+    It may be entered again within, and from other threads: the last to leave ends it. glibc is then
+    left as it is after a while of work with large blocks: it keeps those below 32 MiB, but no
+    longer changes its mind by what it sees.
     """
     libc = _glibc()
     if libc is None:
         yield False
         return
-    libc.mallopt(M_MMAP_THRESHOLD, MAPPED_BYTES)
-    libc.malloc_trim(0)
+    _count(libc, 1)
     try:
         yield True
     finally:
-        libc.mallopt(M_MMAP_THRESHOLD, KEPT_BYTES)
-        libc.mallopt(M_TRIM_THRESHOLD, 2 * KEPT_BYTES)
+        _count(libc, -1)
+
+
+def _count(libc: ctypes.CDLL, more: int) -> None:
+    global _entered
+    with _lock:
+        before, _entered = _entered, _entered + more
+        if before == 0:
+            libc.mallopt(M_MMAP_THRESHOLD, MAPPED_BYTES)
+            libc.malloc_trim(0)
+        elif _entered == 0:
+            libc.mallopt(M_MMAP_THRESHOLD, KEPT_BYTES)
+            libc.mallopt(M_TRIM_THRESHOLD, 2 * KEPT_BYTES)
 
 
 @cache
