@@ -95,7 +95,8 @@ class Case:
         """With fresh weights."""
         torch.manual_seed(seed)
         if self.n_features is None:
-            return nn.Conv3d(1, self.n_classes, 1).eval()
+            # an affine last layer would be left out, and its one feature blended
+            return nn.Sequential(nn.Conv3d(1, self.n_classes, 1), nn.LeakyReLU(inplace=True)).eval()
         body = [nn.Conv3d(1, self.n_features, 1), nn.ReLU(inplace=True)]
         head = [] if self.features else [nn.Conv3d(self.n_features, self.n_classes, 1)]
         return nn.Sequential(*body, *head).eval()
