@@ -29,6 +29,8 @@ _lock = threading.Lock()
 def mapped_blocks() -> Iterator[bool]:
     """Map large blocks one by one, in the whole process; yields whether the C library can.
 
+    What is free on the heap already is used before anything is mapped: enter it early.
+
     It may be entered again within, and from other threads: the last to leave ends it. glibc is then
     left as it is after a while of work with large blocks: it keeps those below 32 MiB, but no
     longer changes its mind by what it sees.
