@@ -23,15 +23,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from effseg.kernels.cuda.dispatch import triton_is_installed
+from effseg.kernels.cuda.dispatch import HALF, LARGEST_INT, triton_is_installed
 from effseg.kernels.cuda.partials import partial_bytes
 from effseg.kernels.tiles import accumulator_dtype, tile_length
 from effseg.memory.shapes import convolution_layout
 from effseg.plans import Config
 
 MIB = 2**20
-LARGEST_INT = 2**31 - 1
-HALF = (torch.bfloat16, torch.float16)
 
 CUBLAS_BYTES = {9: 32 * MIB, 10: 32 * MIB, 11: 32 * MIB, 12: 32 * MIB}
 """By the major number of the compute capability, CUBLAS_WORKSPACE_CONFIG unset ..."""
