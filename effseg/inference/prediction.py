@@ -14,7 +14,6 @@ from effseg.inference.predictor import Progress
 from effseg.inference.region import Region
 from effseg.inference.run import Runs, load_runs
 from effseg.inference.task import Task, demand_of, found_by
-from effseg.memory import mapped_blocks
 from effseg.plans import PostprocessConfig, parse_bytes
 from effseg.resample import LabelSlab, Maps
 from effseg.sources import ImageArray, ImageFiles
@@ -113,12 +112,11 @@ def predict(
         return sweep.pieces(done, progress)
 
     if out is None:
-        with mapped_blocks():
-            return collect_labels(pieces, grid, dtype, axis=axis, rule=rule)
+        return collect_labels(pieces, grid, dtype, axis=axis, rule=rule)
     out = Path(out)
     names = [f"probability_{value}" for value in probabilities] + ["entropy"] * entropy
     facts = (plan.patch_size, plan.inference.overlap, plan.precision, tta, rule, sweep.frame)
-    file = LabelFile(
+    return LabelFile(
         path=out,
         grid=grid,
         dtype=dtype,
@@ -137,9 +135,7 @@ def predict(
         if resume
         else "",
         maps=tuple(out.parent / name / out.name for name in names),
-    )
-    with mapped_blocks():
-        return file.write(pieces)
+    ).write(pieces)
 
 
 def _maps(

@@ -5,6 +5,7 @@ import tempfile
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,12 @@ from effseg.inference.frontier import Frontier
 from effseg.inference.headless import Blend, choose_blend, finest
 from effseg.inference.output import LabelFile, collect_labels
 from effseg.inference.passes import Passes, mirrors
-from effseg.inference.tracing import traced_outputs, traced_pass_bytes
+from effseg.inference.tracing import (
+    pass_beside_others,
+    traced_outputs,
+    traced_pass_bytes,
+    weight_bytes_of,
+)
 from effseg.inference.windows import SweptImage, inside_padded
 from effseg.memory import mapped_blocks
 from effseg.plans import parse_bytes
@@ -153,8 +159,7 @@ class Predictor:
 
         dtype = np.min_scalar_type(self.n_classes(source.n_channels) - 1)
         if out is None:
-            with mapped_blocks():
-                return collect_labels(pieces, frame.native, dtype, axis=frame.axis)
+            return collect_labels(pieces, frame.native, dtype, axis=frame.axis)
         file = LabelFile(
             path=Path(out),
             grid=frame.native,
@@ -163,28 +168,23 @@ class Predictor:
             resume=resume,
             fingerprint=self._fingerprint(source, frame.axis) if resume else "",
         )
-        with mapped_blocks():
-            return file.write(pieces)
+        return file.write(pieces)
 
     def _way(self, given: ImageFiles | ImageArray, *, writes: bool) -> Forecast:
         """How to label an image so that it fits the budget."""
         kind = device_kind(self.device.type)
         blend = self._blended(given.n_channels)
-        traced: dict[int, int] = {}
+        weight_bytes = weight_bytes_of(self.networks)
 
+        @cache
         def pass_bytes(window_batch: int) -> int:
-            if window_batch not in traced:
-                shape = (window_batch, given.n_channels, *self.patch_size)
-                passes = [
-                    traced_pass_bytes(one, shape, autocast=AUTOCAST[self.precision], kind=kind)
-                    for one in blend.networks
-                ]
-                traced[window_batch] = max(passes) + weight_bytes * (len(passes) - 1) // len(passes)
-            return traced[window_batch]
+            shape = (window_batch, given.n_channels, *self.patch_size)
+            passes = [
+                traced_pass_bytes(one, shape, autocast=AUTOCAST[self.precision], kind=kind)
+                for one in blend.networks
+            ]
+            return pass_beside_others(passes, weight_bytes)
 
-        weight_bytes = sum(
-            p.numel() * p.element_size() for one in self.networks for p in one.parameters()
-        )
         n_classes = self.n_classes(given.n_channels)
         demand = Demand(
             frame=lambda axis: Frame.as_it_lies(given.grid, axis=axis),
@@ -346,7 +346,7 @@ class Predictor:
             precision=self.precision,
             skip_constant=self.skip_constant,
         )
-        with closing(passes):
+        with closing(passes), mapped_blocks():
             done = 0
             for layer in sweep.layers:
                 image.load(layer.start + self.patch_size[sweep.axis])

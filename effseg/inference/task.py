@@ -14,6 +14,7 @@ from effseg.inference.output import removes
 from effseg.inference.predictor import Predictor, Progress
 from effseg.inference.region import Region
 from effseg.inference.run import Run
+from effseg.inference.tracing import pass_beside_others, weight_bytes_of
 from effseg.plans import PostprocessConfig
 from effseg.postprocess import ComponentStream
 from effseg.preprocess import Frame, PreparedSlabs, check_channels
@@ -156,15 +157,12 @@ def demand_of(
 ) -> Demand:
     """What memory depends on when some runs label an image on this grid."""
     plan, kind = runs[0].plan, device_kind(device)
-    weight_bytes = sum(
-        p.numel() * p.element_size() for one in runs for p in one.network.parameters()
-    )
+    weight_bytes = weight_bytes_of([one.network for one in runs])
     n_blended = n_blended_of(runs)
 
     def pass_bytes(window_batch: int) -> int:
-        """Of the run that takes most; the others' weights lie beside it."""
-        largest = max(one.window_bytes(kind, window_batch) for one in runs)
-        return largest + weight_bytes * (len(runs) - 1) // len(runs)
+        passes = [one.window_bytes(kind, window_batch) for one in runs]
+        return pass_beside_others(passes, weight_bytes)
 
     return Demand(
         frame=lambda axis: Frame.of(grid, plan, axis=axis),

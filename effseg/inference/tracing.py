@@ -36,6 +36,21 @@ def traced_pass_bytes(
     return max(report.peak_bytes, report.reserved_bytes or 0)
 
 
+def pass_beside_others(passes: Sequence[int], weight_bytes: int) -> int:
+    """Of several networks the pass that takes most, with the others' weights beside it.
+
+    Args:
+        passes: what a pass of each takes, its weights included.
+        weight_bytes: of all networks, which are about equally large.
+    """
+    return max(passes) + weight_bytes * (len(passes) - 1) // len(passes)
+
+
+def weight_bytes_of(networks: Sequence[nn.Module]) -> int:
+    """Of the parameters of several networks."""
+    return sum(p.numel() * p.element_size() for one in networks for p in one.parameters())
+
+
 def traced_outputs(network: nn.Module, shape: Sequence[int]) -> int:
     """How many channels a network makes of windows.
 
