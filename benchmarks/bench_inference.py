@@ -12,7 +12,6 @@ import csv
 import multiprocessing
 import platform
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -153,21 +152,10 @@ def component_speed(make: Callable[[], Array]) -> Row:
     """Voxels a second of streamed components, and of cc3d's numbers alone."""
     n_voxels = make().size
     ours, cc3d = (
-        n_voxels / fresh(best_seconds, by, make) / 1e6
+        n_voxels / fresh(bench_components.best_seconds, by, make) / 1e6
         for by in (bench_components.by_stream, bench_components.by_cc3d)
     )
     return Row(ours, "Mvoxel/s", at_least=150, note=f"whole cc3d {cc3d:.0f}")
-
-
-def best_seconds(by: Callable[[Array], int], make: Callable[[], Array]) -> float:
-    """Of five calls; a first one loads what is loaded once."""
-    labels = make()
-    seconds = []
-    for _ in range(6):
-        start = time.perf_counter()
-        by(labels)
-        seconds.append(time.perf_counter() - start)
-    return min(seconds[1:])
 
 
 def component_memory(shape: Shape3, n_labels: int, thickness: int) -> Row:

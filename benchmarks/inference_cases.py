@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from made_up_facts import made_up_facts
 from scipy import ndimage
 from torch import Tensor, nn
 
@@ -25,10 +26,7 @@ from effseg.memory.resident import peak_resident_bytes
 from effseg.networks import build_network
 from effseg.plans import (
     Channel,
-    ChannelFacts,
-    Fingerprint,
     Label,
-    LabelFacts,
     Memory,
     NetworkConfig,
     Normalisation,
@@ -288,35 +286,6 @@ def light_run(n_classes: int, *, patch: int, spacing: float) -> Run:
         strides=((1, 1, 1), (2, 2, 2)),
         kernels=((3, 3, 3), (3, 3, 3)),
     )
-    facts = Fingerprint(
-        dataset="benchmark",
-        n_cases=1,
-        spacings=((spacing,) * 3,),
-        shapes=((patch,) * 3,),
-        channels=(
-            ChannelFacts(
-                name="CT",
-                is_ct=True,
-                why="made up",
-                foreground_mean=0,
-                foreground_std=500,
-                foreground_percentiles=(-1000, 0, 1000),
-                minimum=-1000,
-                maximum=1000,
-            ),
-        ),
-        labels=(
-            LabelFacts(
-                value=1,
-                name="label 1",
-                n_cases=1,
-                voxel_share=1,
-                n_components=1,
-                component_mm3=(1,) * 7,
-                small_share=0,
-            ),
-        ),
-    )
     normalisation = Normalisation(kind="ct", low=-1000, high=1000, mean=0, std=500)
     plan = Plan(
         dataset="benchmark",
@@ -327,7 +296,7 @@ def light_run(n_classes: int, *, patch: int, spacing: float) -> Run:
         batch_size=1,
         network=config,
         memory=Memory(budget_bytes=1, peak_bytes=1, saved_bytes=0),
-        fingerprint=facts,
+        fingerprint=made_up_facts(patch, spacing=spacing),
     )
     torch.manual_seed(0)
     return Run(folder=Path("benchmark"), plan=plan, network=build_network(config).eval())

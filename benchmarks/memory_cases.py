@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 from dense_schemes import SCHEMES, Scheme, build_block
+from made_up_facts import made_up_facts
 from monai.networks import nets
 from reference_networks import LAYOUTS, ReferenceUNet
 from torch import nn
@@ -14,7 +15,6 @@ from torch import nn
 from effseg.networks import MemoryMode, build_network
 from effseg.planner.geometry import stages_for
 from effseg.planner.planning import network_config
-from effseg.plans import ChannelFacts, Fingerprint, LabelFacts
 
 FULL_SIDE = 128
 """Voxels along each axis of the patch whose bytes are traced."""
@@ -71,35 +71,7 @@ def probe(n_layers: int, c0: int, growth_rate: int, scheme: Scheme) -> nn.Sequen
 
 def flagship(memory: MemoryMode) -> nn.Module:
     """The network of effseg as the planner builds it for one isotropic image and one label."""
-    facts = Fingerprint(
-        dataset="benchmark",
-        n_cases=1,
-        spacings=((1.0, 1.0, 1.0),),
-        shapes=((FULL_SIDE,) * 3,),
-        channels=(
-            ChannelFacts(
-                name="image",
-                is_ct=False,
-                why="made up",
-                foreground_mean=0.0,
-                foreground_std=1.0,
-                foreground_percentiles=(-1.0, 0.0, 1.0),
-                minimum=-1.0,
-                maximum=1.0,
-            ),
-        ),
-        labels=(
-            LabelFacts(
-                value=1,
-                name="label",
-                n_cases=1,
-                voxel_share=1.0,
-                n_components=1,
-                component_mm3=(1.0,) * 7,
-                small_share=0.0,
-            ),
-        ),
-    )
+    facts = made_up_facts(FULL_SIDE)
     stages = stages_for(facts.shapes[0], facts.spacings[0])
     return build_network(network_config(facts, stages, memory))
 
