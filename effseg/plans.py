@@ -206,6 +206,9 @@ class TrainingConfig(Config):
     validate_every: int = Field(1, ge=1, description="epochs between validations")
     validation_patches: int = Field(32, ge=1, description="fixed patches scored after each epoch")
     workers: int = Field(0, ge=0, description="processes that augment; 0: in the training process")
+    queue_bytes: int = Field(
+        256 * 2**20, ge=0, description="most bytes of batches that wait for the next steps"
+    )
     seed: int = Field(0, ge=0)
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -241,8 +244,19 @@ class Memory(Config):
     """The budget and what the plan is predicted to take of it."""
 
     budget_bytes: int = Field(ge=1)
-    peak_bytes: int = Field(ge=1, description="all tensors that live at once in a training step")
+    peak_bytes: int = Field(
+        ge=1,
+        description="of a training: what the card shows, or this process holds beyond its imports",
+    )
     saved_bytes: int = Field(ge=0, description="of these, kept from forward to backward")
+    loader_bytes: int = Field(
+        0, ge=0, description="of the host: patches that are drawn, augmented or wait"
+    )
+    heap: Literal["system", "mapped"] = Field(
+        "system",
+        description="mapped: on a CPU freed memory goes back to the system at once, a little "
+        "slower; system: the C library may keep it",
+    )
 
 
 class Label(Config):
@@ -268,6 +282,9 @@ class Plan(Config):
     precision: Precision = "float32"
     device: str = Field("cpu", pattern=DEVICE_NAME)
     network: NetworkConfig
+    policies: dict[str, Literal["keep", "recompute", "offload"]] = Field(
+        default_factory=dict, description="of stages of the network, by module path"
+    )
     training: TrainingConfig = TrainingConfig()
     inference: InferenceConfig = InferenceConfig()
     memory: Memory

@@ -2,5 +2,6 @@
 
 from effseg.planner.facts import fingerprint
 from effseg.planner.planning import plan
+from effseg.planner.step import trace_plan
 
-__all__ = ["fingerprint", "plan"]
+__all__ = ["fingerprint", "plan", "trace_plan"]

@@ -4,19 +4,13 @@ import math
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.optim import AdamW
-
-from effseg.devices import AUTOCAST, DeviceKind, Precision
+from effseg.devices import DeviceKind, Precision
 from effseg.errors import MemoryBudgetError
-from effseg.losses import DeepSupervisionLoss, build_loss
-from effseg.memory import MemoryReport, trace_peak
-from effseg.networks import DenseUNet, MemoryMode, build_network
+from effseg.memory import MemoryReport
+from effseg.networks import MemoryMode
 from effseg.planner.geometry import Stages, shrinking_patches
+from effseg.planner.step import trace_step
 from effseg.plans import LossConfig, NetworkConfig, format_bytes, format_shape
 from effseg.types import Shape3, Spacing
 
@@ -81,20 +75,14 @@ class Question:
     def step(self, patch: Shape3, stages: Stages, batch: int, memory: MemoryMode) -> Step:
         """Trace one candidate; nothing is allocated."""
         config = self.build_config(stages, memory)
-        n_classes = config.out_channels
-        loss = build_loss(
-            self.loss, ignore_label=n_classes if self.ignored else None, n_classes=n_classes
-        )
-        with torch.device("meta"):
-            network = build_network(config)
-        report = trace_peak(
-            _ForLoss(network),
-            (batch, config.in_channels, *patch),
-            loss=DeepSupervisionLoss(loss) if config.deep_supervision else loss,
-            label_shape=(batch, *patch),
-            label_dtype=torch.uint8,
-            optimizer=partial(AdamW, lr=1e-3),
-            autocast=AUTOCAST[self.precision],
+        report = trace_step(
+            config,
+            {},
+            patch=patch,
+            batch=batch,
+            loss=self.loss,
+            ignored=self.ignored,
+            precision=self.precision,
             device=self.device,
         )
         # the averaged weights stand beside the network's own
@@ -105,18 +93,6 @@ class Question:
             tensors = report.peak_bytes + report.parameter_bytes
             peak = round(tensors * HOST_SLACK) + HOST_RESERVE_BYTES
         return Step(patch=patch, batch=batch, network=config, report=report, peak_bytes=peak)
-
-
-class _ForLoss(nn.Module):
-    """The network as a step of training runs it."""
-
-    def __init__(self, network: DenseUNet) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, image: Tensor) -> Any:
-        """What the loss reads."""
-        return self.network.for_loss(image)
 
 
 @dataclass(frozen=True)
