@@ -1,8 +1,9 @@
 """What a measured or traced call took: peak, saved bytes, and a timeline by module."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
+from effseg.memory.work import Work
 from effseg.plans import format_bytes
 
 Phase: TypeAlias = Literal["forward", "backward", "optimizer"]
@@ -47,6 +48,8 @@ class MemoryReport:
         device_bytes: what nvidia-smi shows: reserved bytes and the CUDA context. Of a step traced
             for a CPU, the resident memory it takes where large blocks are mapped
             (`mapped_blocks`). None where it was measured on a CPU: `PeakResident` asks the system.
+        work: what a traced call computes and moves; None where it was measured. It takes no part
+            in a comparison of two reports: these are about bytes.
     """
 
     peak_bytes: int
@@ -55,6 +58,7 @@ class MemoryReport:
     timeline: tuple[MemoryEvent, ...]
     reserved_bytes: int | None = None
     device_bytes: int | None = None
+    work: Work | None = field(default=None, compare=False)
 
     @property
     def peak_event(self) -> MemoryEvent | None:

@@ -20,6 +20,7 @@ from effseg.memory.report import MemoryReport
 from effseg.memory.shapes import UnknownValueError
 from effseg.memory.simulated import SimulatedCard
 from effseg.memory.tracker import MemoryTracker
+from effseg.memory.work import Work
 
 
 def trace_peak(
@@ -160,7 +161,8 @@ def _hollow_world(
     module: nn.Module, device: DeviceKind, simulated: SimulatedCard | None
 ) -> Iterator[MemoryTracker]:
     """Where new tensors are hollow, with a tracker; what needs values is refused by name."""
-    tracker = MemoryTracker(card=simulated, scratch=scratch_bytes if device == "cpu" else None)
+    scratch = scratch_bytes if device == "cpu" else None
+    tracker = MemoryTracker(card=simulated, scratch=scratch, work=Work())
     try:
         with torch.random.fork_rng(devices=()), HollowFunctions(), HollowMode(device=device):
             yield tracker

@@ -14,6 +14,7 @@ import gc
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -27,6 +28,7 @@ from effseg.memory.allocator import Block
 from effseg.memory.report import MemoryEvent, MemoryReport, Phase
 from effseg.memory.simulated import SimulatedCard
 from effseg.memory.whereabouts import Whereabouts
+from effseg.memory.work import Work
 
 HOST, ACCELERATOR = 0, 1
 """Storages are counted apart; a report speaks of the accelerator as soon as it holds anything."""
@@ -78,6 +80,7 @@ class MemoryTracker(TorchDispatchMode):
         card: where all of this is meant to happen: storages take its blocks, and what its kernels
             need beside tensors counts. None: storages count by their length.
         scratch: what an operator takes on the host beside tensors, by name, arguments and result.
+        work: counts what is computed and moved; None: not counted.
     """
 
     def __init__(
@@ -85,10 +88,12 @@ class MemoryTracker(TorchDispatchMode):
         *,
         card: SimulatedCard | None = None,
         scratch: Callable[[str, Sequence[Any], Any], int] | None = None,
+        work: Work | None = None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._card = card
         self._scratch = scratch
+        self._work = self._work_before_optimizer = work
         self._storages: dict[int, _Storage] = {}
         self._inherited = [0, 0]
         self._relative = [0, 0]
@@ -118,6 +123,7 @@ class MemoryTracker(TorchDispatchMode):
                 self._relative[storage.place] -= storage.n_bytes
         if self._stretches and self._stretches[-1].phase == "optimizer":
             self._stretches.pop()
+            self._work = self._work_before_optimizer
 
     def _adopt_module(self, module: nn.Module) -> None:
         self.adopt(module.buffers())
@@ -125,6 +131,7 @@ class MemoryTracker(TorchDispatchMode):
             self.adopt([parameter] if parameter.grad is None else [parameter, parameter.grad])
 
     def _adopt_optimizer(self, optimizer: Optimizer) -> None:
+        self._work_before_optimizer = copy(self._work)
         for group in optimizer.param_groups:
             self.adopt(group["params"])
 
@@ -200,6 +207,8 @@ class MemoryTracker(TorchDispatchMode):
             self._meet_all(tuple(kwargs.values()), inherited=True)
         result = func(*args, **kwargs)
         self._meet_all((result,), inherited=False)
+        if self._work is not None and not func.is_view:
+            self._work.add(func._schema.name, args, result)
         if self._card is not None:
             backward = torch._C._current_autograd_node() is not None
             kept, passing = self._card.work(func._schema.name, args, result, backward=backward)
@@ -292,6 +301,7 @@ class MemoryTracker(TorchDispatchMode):
             saved_bytes=self._saved_peak,
             parameter_bytes=self._parameter_bytes[place],
             timeline=timeline,
+            work=None if self._work is None else copy(self._work),
         )
 
 
