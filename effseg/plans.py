@@ -266,6 +266,16 @@ class Label(Config):
     name: str
 
 
+class Alternative(Config):
+    """A step of training that was weighed against others, and what it would take."""
+
+    choice: str = Field(description="what would be different, in words: patch 160 x 160 x 96")
+    peak_bytes: int = Field(ge=1, description="predicted, as memory.peak_bytes")
+    seconds: float | None = Field(None, gt=0, description="of a step, estimated; None: not known")
+    taken: bool = Field(False, description="whether the plan is this one")
+    why: str = Field("", description="it was taken, or was not")
+
+
 class Plan(Config):
     """Every choice of a run. `reasons` says why, one entry a choice."""
 
@@ -289,6 +299,9 @@ class Plan(Config):
     inference: InferenceConfig = InferenceConfig()
     memory: Memory
     reasons: dict[str, str] = Field(default_factory=dict)
+    alternatives: tuple[Alternative, ...] = Field(
+        (), description="what was weighed, the one that was taken among them"
+    )
     fingerprint: Fingerprint
 
     @model_validator(mode="after")
@@ -381,6 +394,7 @@ def format_bytes(n_bytes: float) -> str:
 
 
 __all__ = [
+    "Alternative",
     "AugmentConfig",
     "Channel",
     "ChannelFacts",
