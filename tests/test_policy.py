@@ -29,6 +29,7 @@ from effseg.memory import (
     remove_policy,
     trace_peak,
 )
+from effseg.memory.choice import lightest
 from effseg.memory.trace import mean_of_outputs
 from effseg.networks import DenseUNet
 from effseg.plans import NetworkConfig
@@ -531,6 +532,20 @@ def test_a_choice_fits_and_one_stage_fewer_does_not():
     for n, peak in enumerate(peaks):
         chosen = choose_policy(network, STEP, budget_bytes=peak)
         assert chosen == dict.fromkeys(stages[:n], "recompute")
+
+
+@pytest.mark.parametrize(
+    ("least", "expected"),
+    [(1, ["c"]), (4, ["b"]), (5, ["b", "c"]), (6, ["b", "c"]), (8, ["a", "c"]), (99, ["a", "b", "c"])],
+)
+def test_just_what_is_missing_is_weighed_out(least, expected):
+    assert lightest({"a": 7, "b": 4, "c": 2}, least) == expected
+
+
+def test_of_many_stages_the_lightest_are_left_out_of_the_weighing():
+    weights = {str(n): n for n in range(1, 41)}
+    assert sum(weights[name] for name in lightest(weights, 300)) == 300
+    assert lightest(weights, 500) == [str(n) for n in range(40, 24, -1)]  # a dozen weighs 414
 
 
 @pytest.mark.parametrize("name", ["SegResNet", "DynUNet", "BasicUNet", "DenseUNet"])

@@ -5,10 +5,11 @@ tensors with the same tracker. `resident_bytes` and its like ask the operating s
 `apply_policy` makes a training step of any network take less.
 """
 
+from effseg.memory.choice import choose_policy
 from effseg.memory.cuda_workspace import CudaCard
 from effseg.memory.heap import mapped_blocks
 from effseg.memory.measure import measure_peak
-from effseg.memory.policy import Policy, apply_policy, choose_policy, remove_policy
+from effseg.memory.policy import Policy, apply_policy, remove_policy
 from effseg.memory.report import MemoryEvent, MemoryReport
 from effseg.memory.resident import PeakResident, peak_resident_bytes, resident_bytes
 from effseg.memory.trace import trace_forward, trace_peak

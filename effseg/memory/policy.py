@@ -2,23 +2,18 @@
 
 import difflib
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import nn
 
-from effseg.errors import MemoryBudgetError, PlanError
+from effseg.errors import PlanError
 from effseg.memory.offload import offload
 from effseg.memory.recompute import recompute
-from effseg.memory.report import MemoryReport
-from effseg.plans import format_bytes
 
 Policy: TypeAlias = Literal["keep", "recompute", "offload"]
-
-LEAST_SHARE = 0.01
-"""A stage that saves less than this share of what the network saves is not worth a choice."""
 
 
 def apply_policy(network: nn.Module, policies: Mapping[str, Policy]) -> dict[str, Policy]:
@@ -58,66 +53,13 @@ def apply_policy(network: nn.Module, policies: Mapping[str, Policy]) -> dict[str
             )
         wanted |= dict.fromkeys(_match(network, pattern), policy)
     _check_nesting(network, wanted)
-    _replace(network, wanted)
+    replace_policies(network, wanted)
     return stage_policies(network)
 
 
 def remove_policy(network: nn.Module) -> None:
     """Take all policies off: every stage runs as its class says."""
-    _replace(network, {})
-
-
-def choose_policy(
-    network: nn.Module, trace: Callable[[nn.Module], MemoryReport], *, budget_bytes: int
-) -> dict[str, Policy]:
-    """Find the fewest stages to recompute, or else to offload, for a step to fit into a budget.
-
-    Recomputation is tried from the outside in: the outermost modules, then their parts, those that
-    save most first, one more at a time. If none of that fits, the outermost modules are offloaded
-    in the same order, and last the network as a whole.
-
-    Args:
-        network: any module; policies it has are not counted, and are there again afterwards.
-        trace: tells the memory of a step, for one `functools.partial(trace_peak,
-            input_shape=(1, 4, 128, 128, 128), autocast=torch.bfloat16)`. It is called once for each
-            choice that is looked at.
-        budget_bytes: for the peak.
-
-    Returns:
-        What to give to `apply_policy`; empty where the network fits as it is.
-
-    Raises:
-        MemoryBudgetError: if no choice fits.
-    """
-    earlier = stage_policies(network)
-    peaks: list[int] = []
-
-    def fits(choice: dict[str, Policy]) -> bool:
-        _replace(network, choice)
-        peaks.append(trace(network).peak_bytes)
-        return peaks[-1] <= budget_bytes
-
-    try:
-        _replace(network, {})
-        plain = trace(network)
-        if plain.peak_bytes <= budget_bytes:
-            return {}
-        levels = list(_levels(network, _saved_bytes(network, plain)))
-        choices: list[tuple[Policy, list[str]]] = [
-            *(("recompute", stages) for stages in levels),
-            *(("offload", stages) for stages in (*levels[:1], [""])),
-        ]
-        for policy, stages in choices:
-            for n in range(1, len(stages) + 1):
-                if fits(choice := dict.fromkeys(stages[:n], policy)):
-                    return choice
-    finally:
-        _replace(network, earlier)
-    raise MemoryBudgetError(
-        f"a training step of {type(network).__name__} takes {format_bytes(min(peaks))} at least, "
-        f"whatever is recomputed or offloaded; the budget is {format_bytes(budget_bytes)}: shrink "
-        "the patch or the batch"
-    )
+    replace_policies(network, {})
 
 
 class StageForward:
@@ -163,7 +105,7 @@ def stage_policies(network: nn.Module) -> dict[str, Policy]:
     return found
 
 
-def _replace(network: nn.Module, policies: Mapping[str, Policy]) -> None:
+def replace_policies(network: nn.Module, policies: Mapping[str, Policy]) -> None:
     """Put these policies in the place of all that there are."""
     for path in stage_policies(network):
         _set(network.get_submodule(path), "keep")
@@ -184,7 +126,8 @@ def _set(module: nn.Module, policy: Policy) -> None:
         attributes.pop("forward", None)
 
 
-def _can_run(module: nn.Module) -> bool:
+def can_run(module: nn.Module) -> bool:
+    """Whether a module is called, or only holds its parts (`nn.ModuleList`)."""
     return type(module).forward is not nn.Module.forward or "forward" in vars(module)
 
 
@@ -197,7 +140,7 @@ def _match(network: nn.Module, pattern: str) -> list[str]:
         close = difflib.get_close_matches(pattern, [path for path, _ in every], n=3, cutoff=0.5)
         hint = f"; close are {', '.join(map(repr, close))}" if close else ""
         raise PlanError(f"{pattern!r} is no module of {type(network).__name__}{hint}")
-    stages = [first[module] for module in matched if _can_run(module)]
+    stages = [first[module] for module in matched if can_run(module)]
     if not stages:
         raise PlanError(
             f"{pattern!r} is a {type(matched[0]).__name__}, which is never called; its parts are "
@@ -220,40 +163,3 @@ def _check_nesting(network: nn.Module, policies: dict[str, Policy]) -> None:
                     f'{inner!r}: "offload" inside of {outer!r}: "recompute", which keeps nothing '
                     "that could go to the host; offload the outer one and recompute the inner"
                 )
-
-
-def _saved_bytes(network: nn.Module, report: MemoryReport) -> dict[str, int]:
-    """What each module of the network saves, parts aside, by its path."""
-    saved: dict[str, int] = {}
-    for event in report.timeline:
-        outermost, _, path = event.module.partition(".")
-        if outermost == type(network).__name__:
-            saved[path] = saved.get(path, 0) + event.saved_bytes
-    return saved
-
-
-def _levels(network: nn.Module, saved: dict[str, int]) -> Iterator[list[str]]:
-    """Paths of stages, from the outside in; at each level those that save most come first."""
-    first = {module: path for path, module in network.named_modules()}
-    least = max(1, LEAST_SHARE * sum(saved.values()))
-
-    def weight(path: str) -> int:
-        return sum(n for part, n in saved.items() if f"{part}.".startswith(f"{path}."))
-
-    def parts(module: nn.Module) -> Iterator[nn.Module]:
-        for part in module.children():
-            if not _can_run(part):
-                yield from parts(part)
-            # a single operator of torch saves its input, as its recomputation would
-            elif not type(part).__module__.startswith("torch.nn.modules") or any(part.children()):
-                yield part
-
-    level = list(parts(network))
-    while level:
-        weights = {first[module]: weight(first[module]) for module in level}
-        stages = [path for path in weights if weights[path] >= least]
-        if stages:
-            yield sorted(stages, key=lambda path: -weights[path])
-        level = [
-            part for module in level if weights[first[module]] >= least for part in parts(module)
-        ]
