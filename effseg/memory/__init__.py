@@ -13,6 +13,7 @@ from effseg.memory.policy import Policy, apply_policy, remove_policy
 from effseg.memory.report import MemoryEvent, MemoryReport
 from effseg.memory.resident import PeakResident, peak_resident_bytes, resident_bytes
 from effseg.memory.trace import trace_forward, trace_peak
+from effseg.memory.work import Work
 
 __all__ = [
     "CudaCard",
@@ -20,6 +21,7 @@ __all__ = [
     "MemoryReport",
     "PeakResident",
     "Policy",
+    "Work",
     "apply_policy",
     "choose_policy",
     "mapped_blocks",
