@@ -33,6 +33,7 @@ _HOME = {
     "resample_like": "resample",
     "resample_to_spacing": "resample",
     "train": "training",
+    "tune": "planner",
     "validate": "validation",
     "write_report": "report",
     "write_volume": "io",
@@ -63,6 +64,7 @@ __all__ = [
     "resample_like",
     "resample_to_spacing",
     "train",
+    "tune",
     "validate",
     "write_report",
     "write_volume",
@@ -81,7 +83,7 @@ if TYPE_CHECKING:
     from effseg.evaluation import evaluate
     from effseg.inference import Predictor, predict
     from effseg.io import read_volume, write_volume
-    from effseg.planner import fingerprint, plan
+    from effseg.planner import fingerprint, plan, tune
     from effseg.plans import Plan
     from effseg.report import write_report
     from effseg.resample import resample_like, resample_to_spacing

@@ -12,8 +12,7 @@ from effseg.kernels import class_sums, tiles
 from effseg.losses import DeepSupervisionLoss, DiceCELoss
 from effseg.memory import measure_peak, trace_peak
 from effseg.networks import DenseUNet, NormActConv, defer_logits
-from effseg.planner.geometry import stages_for
-from effseg.planner.search import Question
+from effseg.planner.step import Flagship
 from effseg.plans import LossConfig, NetworkConfig, Plan
 from effseg.training.module import SegmentationModule
 
@@ -462,20 +461,16 @@ def test_logits_of_a_training_step_are_not_made() -> None:
 
 
 def test_the_planner_traces_what_training_runs() -> None:
-    question = Question(
-        budget_bytes=2**30,
-        median=(32, 32, 32),
-        spacing=(1.0, 1.0, 1.0),
-        build_config=lambda stages, memory: config(out_channels=118, memory=memory),
+    subject = Flagship(
+        build_config=lambda patch, mode: config(out_channels=118, memory=mode),
         loss=LossConfig(),
         ignored=True,
         precision="float32",
         device="cpu",
     )
-    stages, shape = stages_for((32, 32, 32), (1.0, 1.0, 1.0)), (2, 1, 32, 32, 32)
+    patch, shape = (32, 32, 32), (2, 1, 32, 32, 32)
     reports = {
-        memory: question.step((32, 32, 32), stages, 2, memory).report
-        for memory in ("shared", "plain")
+        mode: subject.trace(subject.network(patch, mode), patch, 2) for mode in ("shared", "plain")
     }
     training = trace_peak(
         ForLoss(DenseUNet(config(out_channels=118))),

@@ -1,5 +1,6 @@
 """The fingerprint, the rules, and the search for what fits."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,10 @@ from hypothesis import strategies as st
 
 from effseg.errors import DataError, MemoryBudgetError, PlanError
 from effseg.io import write_volume
-from effseg.planner import fingerprint, plan
+from effseg.planner import fingerprint, plan, planning
 from effseg.planner.geometry import shrinking_patches, stages_for, target_spacing
+from effseg.planner.rates import Rates
+from effseg.planner.scaling import SIZES, scale_of
 from effseg.plans import Fingerprint, Plan, parse_bytes
 from effseg.volume import Grid, Volume
 
@@ -156,6 +159,14 @@ def test_labels_with_a_side_are_not_flipped(facts: Fingerprint, name, flips) -> 
     assert made.training.augment.flip_axes == flips
 
 
+@pytest.fixture
+def two_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How long a step may take depends on the threads there are."""
+    two = Rates(flops=120e9, bytes=10e9, operators=4e5, why="2 threads, nominally")
+    monkeypatch.setattr(planning, "nominal_rates", lambda device: two)
+
+
+@pytest.mark.usefixtures("two_threads")
 def test_on_a_cpu_a_step_stays_short(facts: Fingerprint) -> None:
     larger = of_spacings(facts, [(1.0, 1.0, 1.0)] * 2, [(200, 300, 300)] * 2)
     on_cpu = plan(larger, memory="4GiB", device="cpu")
@@ -163,12 +174,56 @@ def test_on_a_cpu_a_step_stays_short(facts: Fingerprint) -> None:
     assert np.prod(on_cpu.patch_size) <= 2**16 < np.prod(on_card.patch_size)
 
 
+@pytest.mark.usefixtures("two_threads")
 def test_on_a_cpu_a_whole_case_may_take_half_a_step(facts: Fingerprint) -> None:
     cube = of_spacings(facts, [(1.0, 1.0, 1.0)] * 2, [(50, 50, 50)] * 2)
     made = plan(cube, memory="4GiB", device="cpu")
     assert made.patch_size == (48, 48, 48)
     assert made.batch_size == 2
-    assert "262,144 voxels in all" in made.reasons["batch_size"]
+    assert "while a step takes 0.8 s at most" in made.reasons["batch_size"]
+
+
+def test_a_size_grows_depth_width_and_what_it_sees() -> None:
+    scales = [scale_of(size) for size in SIZES]
+    for small, large in pairwise(scales):
+        assert sum(large.layers((1, 2, 4, 4))) > sum(small.layers((1, 2, 4, 4)))
+        assert large.channels(16) >= small.channels(16)
+        assert large.side > small.side
+    assert scales[0].layers((1, 2, 4)) == (1, 2, 4)
+    assert (scales[0].channels(16), scales[-1].channels(16)) == (16, 32)
+    with pytest.raises(PlanError, match=r"size 'b9'; expected one of b0, .*b7"):
+        scale_of("b9")
+
+
+def test_a_size_is_taken_as_asked_with_a_patch_worth_it(facts: Fingerprint) -> None:
+    larger = of_spacings(facts, [(1.0, 1.0, 1.0)] * 2, [(90, 100, 80)] * 2)
+    small, large = (plan(larger, memory="6GiB", device="cuda", size=s) for s in ("b0", "b3"))
+    assert sum(large.network.encoder_layers) > sum(small.network.encoder_layers)
+    assert large.network.growth_rate > small.network.growth_rate
+    assert np.prod(large.patch_size) >= scale_of("b3").side ** 3
+    assert "size b3" in large.reasons["network"]
+    with pytest.raises(MemoryBudgetError, match="would do"):
+        plan(larger, memory="500MiB", device="cuda", size="b7")
+
+
+def test_room_that_is_left_goes_into_a_larger_network(facts: Fingerprint) -> None:
+    cube = of_spacings(facts, [(1.0, 1.0, 1.0)] * 2, [(32, 32, 32)] * 2)
+    small, large = (plan(cube, memory=memory, device="cuda") for memory in ("800MiB", "8GiB"))
+    assert (small.patch_size, small.batch_size) == (large.patch_size, large.batch_size)
+    assert large.network.growth_rate > small.network.growth_rate
+    assert "size b0" in small.reasons["network"]
+
+
+def test_a_plan_says_what_was_weighed(facts: Fingerprint) -> None:
+    larger = of_spacings(facts, [(1.0, 1.0, 1.0)] * 2, [(200, 200, 200)] * 2)
+    made = plan(larger, memory="1GiB", device="cuda")
+    taken, next_one, *_ = made.alternatives
+    assert taken.taken
+    assert taken.peak_bytes == made.memory.peak_bytes
+    assert f"batch {made.batch_size}" in taken.choice
+    assert not next_one.taken
+    assert next_one.peak_bytes > parse_bytes("1GiB")
+    assert "the budget is 1.00 GiB" in next_one.why
 
 
 @pytest.mark.parametrize(

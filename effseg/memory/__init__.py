@@ -5,7 +5,7 @@ tensors with the same tracker. `resident_bytes` and its like ask the operating s
 `apply_policy` makes a training step of any network take less.
 """
 
-from effseg.memory.choice import choose_policy
+from effseg.memory.choice import choose_policy, outermost_stages
 from effseg.memory.cuda_workspace import CudaCard
 from effseg.memory.heap import mapped_blocks
 from effseg.memory.measure import measure_peak
@@ -26,6 +26,7 @@ __all__ = [
     "choose_policy",
     "mapped_blocks",
     "measure_peak",
+    "outermost_stages",
     "peak_resident_bytes",
     "remove_policy",
     "resident_bytes",

@@ -11,6 +11,7 @@ from effseg.plans import format_bytes
 
 LEAST_SHARE = 0.01
 """A stage that saves less than this share of what the network saves is not worth a choice."""
+FEW_STAGES = 3
 MOST_WEIGHED = 12
 """Stages among whose combinations, 2 to that power at most, the best is looked for."""
 
@@ -68,6 +69,24 @@ def choose_policy(
         f"whatever is recomputed or offloaded; the budget is {format_bytes(budget_bytes)}: shrink "
         "the patch or the batch"
     )
+
+
+def outermost_stages(network: nn.Module, report: MemoryReport) -> list[str]:
+    """The stages whose recomputation takes least memory, those that save most first.
+
+    The outermost modules; their parts where there are but one or two of these, since a network that
+    is recomputed as a whole keeps in backward what it would have kept before.
+
+    Args:
+        network: any module.
+        report: of a step of it, with the policies it has.
+    """
+    stages: list[str] = []
+    for level in _levels(network, _saved_bytes(network, report)):
+        stages = list(level)
+        if len(stages) >= FEW_STAGES:
+            break
+    return stages
 
 
 def _least_recomputed(

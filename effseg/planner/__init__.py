@@ -3,5 +3,6 @@
 from effseg.planner.facts import fingerprint
 from effseg.planner.planning import plan
 from effseg.planner.step import trace_plan
+from effseg.planner.tuning import Tuning, tune
 
-__all__ = ["fingerprint", "plan", "trace_plan"]
+__all__ = ["Tuning", "fingerprint", "plan", "trace_plan", "tune"]

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
@@ -100,7 +101,7 @@ class _Label:
         )
 
 
-def fingerprint(dataset: Dataset | str, *, progress: Progress | None = None) -> Fingerprint:
+def fingerprint(dataset: Dataset | str | Path, *, progress: Progress | None = None) -> Fingerprint:
     """Read every case of a data set once and note what planning needs.
 
     Args:

@@ -120,6 +120,23 @@ def shrinking_patches(median: Shape3, spacing: Spacing) -> Iterator[tuple[Shape3
         wanted[axis] = max(2 * SHORTEST, wanted[axis] - max(stride[axis], 4))
 
 
+def patches_of_stride(median: Shape3, spacing: Spacing, stride: int) -> Iterator[Shape3]:
+    """Patches from the median case down, each length a multiple of one stride.
+
+    As `shrinking_patches`, for a network whose stages are its own; at least two strides long where
+    the case is.
+    """
+    most = [max(1, math.floor(n / stride + 0.5)) for n in median]
+    step = max(1, SHORTEST // stride)
+    while True:
+        z, y, x = (n * stride for n in most)
+        yield (z, y, x)
+        lengths = [n * gap if n > 2 * step else 0.0 for n, gap in zip(most, spacing, strict=True)]
+        if not any(lengths):
+            return
+        most[int(np.argmax(lengths))] -= step
+
+
 def _range(spacings: np.ndarray[tuple[int, ...], np.dtype[np.float64]]) -> str:
     low, high = spacings.min(axis=0), spacings.max(axis=0)
     if np.allclose(low, high):

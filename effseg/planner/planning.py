@@ -2,16 +2,27 @@
 
 import math
 import re
+from bisect import bisect_left
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from effseg.dataset import Dataset, read_dataset
-from effseg.devices import device_kind
+from effseg.devices import DeviceKind, Precision, device_kind
+from effseg.memory import MemoryReport
 from effseg.networks import MemoryMode
 from effseg.planner.facts import Progress, fingerprint
-from effseg.planner.geometry import Stages, median_shape, target_spacing
+from effseg.planner.geometry import (
+    Stages,
+    median_shape,
+    shrinking_patches,
+    target_spacing,
+)
 from effseg.planner.machine import choose_device, choose_precision
-from effseg.planner.search import CPU_PATCH_VOXELS, CPU_STEP_VOXELS, Answer, Question, search
+from effseg.planner.rates import Rates, machine_rates, nominal_rates
+from effseg.planner.scaling import SIZES, Scale, scale_of
+from effseg.planner.search import LARGEST_BATCH, Answer, Pace, Search, describe
+from effseg.planner.step import Flagship, Step
 from effseg.plans import (
     AugmentConfig,
     Channel,
@@ -31,7 +42,16 @@ from effseg.plans import (
     parse_bytes,
 )
 from effseg.postprocess import DEFAULT_FRACTION
+from effseg.types import Shape3, Spacing
 
+CPU_STEP_SECONDS = 0.8
+"""A step on a CPU takes no longer, by nominal rates: larger ones would fit most budgets, and leave
+a training of minutes with a handful of them."""
+QUICK_SECONDS = {"cpu": CPU_STEP_SECONDS, "cuda": 0.15}
+"""Of a step for which a larger network is taken unasked."""
+TRAINER_BYTES = 64 * 2**20
+"""What training holds beside the step on a CPU: patches in the making, curves, the library's
+loop."""
 STEM_CHANNELS = 16
 GROWTH_RATE = 16
 BOTTLENECK = 2
@@ -57,6 +77,7 @@ def plan(
     dataset: Dataset | str | Path | Fingerprint,
     *,
     memory: str | int,
+    size: str | None = None,
     device: str | None = None,
     progress: Progress | None = None,
 ) -> Plan:
@@ -65,6 +86,8 @@ def plan(
     Args:
         dataset: a `Dataset`, its folder or CSV, or a fingerprint taken before.
         memory: the budget: of the GPU, or of this process beyond its imports on a CPU; "8GiB".
+        size: of the network, "b0" to "b7"; None: the largest that fits and is quick once a patch
+            shows the median case, else b0.
         device: "cpu" or "cuda", which need not be here; None: CUDA where torch sees it.
         progress: called after each case that is read.
 
@@ -72,7 +95,7 @@ def plan(
         The plan; `plan.reasons` says why each choice was made.
 
     Raises:
-        PlanError: if the budget is no size or the device unknown.
+        PlanError: if the budget is no size, or the size or the device are unknown.
         MemoryBudgetError: if nothing fits; says what would.
         DataError: if a case cannot be used.
     """
@@ -89,17 +112,18 @@ def plan(
     precision, why_precision = choose_precision(kind)
     median = median_shape(facts, spacing)
     loss, why_loss = choose_loss(facts)
-    answer = search(
-        Question(
-            budget_bytes=budget,
-            median=median,
-            spacing=spacing,
-            build_config=lambda stages, memory: network_config(facts, stages, memory),
-            loss=loss,
-            ignored=facts.ignore_label is not None,
-            precision=precision,
-            device=kind,
-        )
+    wish = _Wish(
+        facts=facts,
+        spacing=spacing,
+        median=median,
+        loss=loss,
+        precision=precision,
+        device=kind,
+        budget_bytes=budget,
+        rates=machine_rates(kind, precision),
+    )
+    scale, answer = (
+        _sized(wish) if size is None else (scale_of(size), wish.search(scale_of(size)).run())
     )
     step = answer.step
     rule, why_rule = choose_postprocess(facts)
@@ -109,25 +133,16 @@ def plan(
         Label(value=0, name="background"),
         *(Label(value=label.value, name=label.name) for label in facts.labels),
     )
+    config = wish.config(step.patch, step.mode, scale)
     reasons = {
         "device": why_device,
         "precision": why_precision,
         "spacing": why_spacing,
-        "patch_size": _why_patch(answer, median, budget),
-        "batch_size": _why_batch(answer, budget, device),
-        "network": _why_network(step.network),
-        "memory": (
-            f"{format_bytes(step.peak_bytes)} of {format_bytes(budget)}: "
-            f"{format_bytes(step.report.peak_bytes)} of tensors at the peak of a training step, "
-            f"{format_bytes(step.report.saved_bytes)} of them kept from forward to backward; "
-            "traced, not run"
-        ),
-        "recompute": (
-            "everything fits with nothing computed twice"
-            if step.network.memory == "plain"
-            else "features are stored once; norm, activation and 1x1 convolutions run again in "
-            "backward, which is what makes this patch fit"
-        ),
+        "patch_size": _why_patch(answer, median, wish),
+        "batch_size": _why_batch(answer, wish),
+        "network": _why_network(config, scale),
+        "memory": _why_memory(step, budget),
+        "recompute": _why_recompute(step),
         "loss": why_loss,
         "augment": why_flips,
         "normalisation": "; ".join(
@@ -145,7 +160,8 @@ def plan(
         batch_size=step.batch,
         precision=precision,
         device=device,
-        network=step.network,
+        network=config,
+        policies=dict(step.policies),
         training=TrainingConfig(
             loss=loss,
             foreground=LESION_FOREGROUND if _has_lesions(facts) else FOREGROUND,
@@ -156,23 +172,101 @@ def plan(
             budget_bytes=budget,
             peak_bytes=step.peak_bytes,
             saved_bytes=step.report.saved_bytes,
+            heap=step.heap,
         ),
         reasons=reasons,
+        alternatives=answer.alternatives,
         fingerprint=facts,
     )
 
 
-def network_config(facts: Fingerprint, stages: Stages, memory: MemoryMode) -> NetworkConfig:
-    """The flagship for these stages."""
+@dataclass(frozen=True)
+class _Wish:
+    """What is asked of the search, whatever the size of the network."""
+
+    facts: Fingerprint
+    spacing: Spacing
+    median: Shape3
+    loss: LossConfig
+    precision: Precision
+    device: DeviceKind
+    budget_bytes: int
+    rates: Rates
+
+    @property
+    def pace(self) -> Pace:
+        """What a step may take."""
+        return Pace(rates=nominal_rates(self.device), seconds=QUICK_SECONDS[self.device])
+
+    def search(self, scale: Scale) -> Search:
+        """For the best step of a network of this size."""
+        patches = dict(shrinking_patches(self.median, self.spacing))
+        largest = next(iter(patches))
+        wanted = min(scale.side**3, math.prod(largest))
+        return Search(
+            subject=Flagship(
+                build_config=lambda patch, mode: self.config(patch, mode, scale),
+                loss=self.loss,
+                ignored=self.facts.ignore_label is not None,
+                precision=self.precision,
+                device=self.device,
+            ),
+            patches=[patch for patch in patches if math.prod(patch) >= wanted],
+            budget_bytes=self.budget_bytes,
+            device=self.device,
+            rates=self.rates,
+            beside_bytes=self.beside_bytes,
+            longest=self.pace if self.device == "cpu" else None,
+        )
+
+    def config(self, patch: Shape3, mode: MemoryMode, scale: Scale) -> NetworkConfig:
+        """Of the flagship for patches of this size."""
+        stages = dict(shrinking_patches(self.median, self.spacing))[patch]
+        return network_config(self.facts, stages, mode, scale)
+
+    def beside_bytes(self, report: MemoryReport, patch: Shape3, batch: int) -> int:
+        """The averaged weights; on a CPU also what loads and augments patches."""
+        del patch, batch
+        return report.parameter_bytes + (TRAINER_BYTES if self.device == "cpu" else 0)
+
+
+def _sized(wish: _Wish) -> tuple[Scale, Answer]:
+    """The largest network that fits and is quick where the smallest one leaves room.
+
+    Context comes first: a larger network is looked at once a patch shows the whole median case with
+    nothing computed twice, and taken where neither patch nor batch shrink for it.
+    """
+    scale = scale_of(SIZES[0])
+    answer = wish.search(scale).run()
+    step = answer.step
+    if answer.too_large is not None or step.policies or step.mode != "plain":
+        return scale, answer
+
+    def is_too_large(size: str) -> bool:
+        larger = wish.search(scale_of(size)).step(step.patch, step.batch, step.mode, {})
+        return larger.peak_bytes > wish.budget_bytes or wish.pace.share(larger) > 1
+
+    first = bisect_left(SIZES, True, lo=1, key=is_too_large)  # each is larger than the one before
+    if first > 1:
+        scale = scale_of(SIZES[first - 1])
+        answer = replace(wish.search(scale), patches=[step.patch]).run()
+    return scale, answer
+
+
+def network_config(
+    facts: Fingerprint, stages: Stages, memory: MemoryMode, scale: Scale | None = None
+) -> NetworkConfig:
+    """The flagship for these stages; of size b0 where no scale is given."""
     n = len(stages.strides)
+    scale = scale or scale_of(SIZES[0])
     return NetworkConfig(
         in_channels=len(facts.channels),
         out_channels=1 + len(facts.labels),
-        stem_channels=STEM_CHANNELS,
-        growth_rate=GROWTH_RATE,
+        stem_channels=scale.channels(STEM_CHANNELS),
+        growth_rate=scale.channels(GROWTH_RATE),
         bottleneck=BOTTLENECK,
-        encoder_layers=ENCODER_LAYERS[:n],
-        decoder_layers=DECODER_LAYERS[: n - 1],
+        encoder_layers=scale.layers(ENCODER_LAYERS[:n]),
+        decoder_layers=scale.layers(DECODER_LAYERS[: n - 1]),
         strides=stages.strides,
         kernels=stages.kernels,
         memory=memory,
@@ -246,35 +340,62 @@ def choose_postprocess(facts: Fingerprint) -> tuple[PostprocessConfig, str]:
     )
 
 
-def _why_patch(answer: Answer, median: tuple[int, int, int], budget: int) -> str:
-    if answer.too_large is None and math.prod(median) > 1.5 * math.prod(answer.step.patch):
+def _why_patch(answer: Answer, median: Shape3, wish: _Wish) -> str:
+    shown = f"the median case has {format_shape(median)} voxels"
+    if answer.too_large is not None:
+        larger = answer.too_large
         return (
-            f"the median case has {format_shape(median)} voxels; on a CPU a patch has at most "
-            f"{CPU_PATCH_VOXELS:,}, so that a step takes about half a second"
+            f"{shown}; {format_shape(larger.patch)} would need {format_bytes(larger.peak_bytes)} "
+            f"at least, the budget is {format_bytes(wish.budget_bytes)}"
         )
-    if answer.too_large is None:
-        return f"the median case, {format_shape(median)} voxels, to the network's stride"
-    next_one = answer.too_large
-    return (
-        f"the median case has {format_shape(median)} voxels; {format_shape(next_one.patch)} would "
-        f"need {format_bytes(next_one.peak_bytes)}, the budget is {format_bytes(budget)}"
-    )
+    if math.prod(median) > 1.5 * math.prod(answer.step.patch):
+        return (
+            f"{shown}; on {wish.pace.rates.why}, a step is to take {CPU_STEP_SECONDS:g} s at most"
+        )
+    return f"{shown}, to the network's stride"
 
 
-def _why_batch(answer: Answer, budget: int, device: str) -> str:
+def _why_batch(answer: Answer, wish: _Wish) -> str:
     step = answer.step
-    short = device == "cpu" and step.batch == CPU_STEP_VOXELS // math.prod(step.patch)
+    short = wish.device == "cpu" and step.batch < LARGEST_BATCH
     return (
-        "at least 2, at most 4, after the patch"
-        + (f" and {CPU_STEP_VOXELS:,} voxels in all on a CPU" if short else "")
-        + f"; {step.batch} samples take {format_bytes(step.peak_bytes)} of {format_bytes(budget)}"
+        f"at least 2, at most {LARGEST_BATCH}, after the patch"
+        + (f" and while a step takes {CPU_STEP_SECONDS:g} s at most" if short else "")
+        + f"; {step.batch} samples take {format_bytes(step.peak_bytes)} of "
+        f"{format_bytes(wish.budget_bytes)} and about {step.seconds:.2g} s "
+        f"({wish.rates.why})"
     )
 
 
-def _why_network(config: NetworkConfig) -> str:
+def _why_network(config: NetworkConfig, scale: Scale) -> str:
     layers = sum(config.encoder_layers) + sum(config.decoder_layers)
     return (
-        f"{len(config.strides)} stages, {layers} dense layers of growth rate "
+        f"size {scale.name}: {len(config.strides)} stages, {layers} dense layers of growth rate "
         f"{config.growth_rate}; an axis is halved while 4 voxels remain and it is not twice as "
         "coarse as the finest"
+    )
+
+
+def _why_memory(step: Step, budget_bytes: int) -> str:
+    return (
+        f"{format_bytes(step.peak_bytes)} of {format_bytes(budget_bytes)}: "
+        f"{format_bytes(step.report.peak_bytes)} of tensors at the peak of a training step, "
+        f"{format_bytes(step.report.saved_bytes)} of them kept from forward to backward; "
+        "traced, not run"
+        + (
+            "; freed memory goes back to the system at once, so that no more than this is held"
+            if step.heap == "mapped"
+            else ""
+        )
+    )
+
+
+def _why_recompute(step: Step) -> str:
+    if step.policies:
+        return f"{describe(step)}: without, this patch would not fit"
+    if step.mode == "plain":
+        return "everything fits with nothing computed twice"
+    return (
+        "features are stored once; norm, activation and 1x1 convolutions run again in backward, "
+        "which is what makes this patch fit"
     )

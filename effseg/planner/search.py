@@ -1,154 +1,338 @@
-"""Patch and batch that fit the budget, found by tracing the real training step."""
+"""Patch, batch and what is recomputed, searched together by tracing; no step is ever run.
+
+The objective is context a second: the share of the median case that a patch shows, times the voxels
+that pass in a second. Twice the context is worth half the speed, and recomputation, which costs a
+third of the time, is worth a patch that is a third larger. Patch and policy come first, at the
+smallest batch; then the largest batch that fits.
+"""
 
 import math
-from bisect import bisect_left
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
-from effseg.devices import DeviceKind, Precision
+from torch import nn
+
+from effseg.devices import DeviceKind
 from effseg.errors import MemoryBudgetError
-from effseg.memory import MemoryReport
+from effseg.memory import MemoryReport, Policy, apply_policy, choose_policy, outermost_stages
 from effseg.networks import MemoryMode
-from effseg.planner.geometry import Stages, shrinking_patches
-from effseg.planner.step import trace_step
-from effseg.plans import LossConfig, NetworkConfig, format_bytes, format_shape
-from effseg.types import Shape3, Spacing
+from effseg.planner.rates import Rates
+from effseg.planner.step import Step, Subject, choose_heap, predicted_peak
+from effseg.plans import Alternative, format_bytes, format_shape
+from effseg.types import Shape3
 
 SMALLEST_BATCH = 2
 LARGEST_BATCH = 4
 """Past it, more steps teach more than larger batches."""
-CPU_STEP_VOXELS = 2**18
-"""Of all samples of a step: about half a second on two cores. Larger steps would fit most budgets,
-and leave a training of minutes with a handful of them."""
-CPU_PATCH_VOXELS = CPU_STEP_VOXELS // LARGEST_BATCH
-"""Of a patch that is part of a case. One that is a whole case may take as much as the smallest
-batch of them allows: where something lies in the case is then there to be learnt."""
-HOST_RESERVE_BYTES = 144 * 2**20
-"""Of a CPU's budget, for what is no tensor: threads' buffers, the convolutions' own workspace."""
-HOST_SLACK = 1.1
-"""Resident memory over tensor bytes: freed memory that the C library keeps on its heap."""
+HOST_LINK = 20e9
+"""Bytes a second between a card and the host's pinned memory: PCIe 4, 16 lanes, in practice."""
+LARGER_PATCHES = 4
+"""How many patches beyond the best one are looked at with some of their stages recomputed."""
 
 
 @dataclass(frozen=True)
-class Step:
-    """One training step that might be taken, and what it takes.
+class Rung:
+    """One way to take less memory: the network's own mode, and a policy for all its stages."""
 
-    Attributes:
-        patch: voxels.
-        batch: samples.
-        network: its configuration.
-        report: of the traced step, tensor bytes.
-        peak_bytes: predicted, with what is no tensor.
-    """
-
-    patch: Shape3
-    batch: int
-    network: NetworkConfig
-    report: MemoryReport
-    peak_bytes: int
+    mode: MemoryMode
+    policy: Policy
 
 
 @dataclass(frozen=True)
-class Question:
-    """What stays the same over a search."""
+class Pace:
+    """How long a step may take, by rates that do not depend on what else a machine is doing."""
 
-    budget_bytes: int
-    median: Shape3
-    spacing: Spacing
-    build_config: Callable[[Stages, MemoryMode], NetworkConfig]
-    loss: LossConfig
-    ignored: bool
-    precision: Precision
-    device: DeviceKind
+    rates: Rates
+    seconds: float
 
-    def is_quick(self, patch: Shape3, *, whole: bool) -> bool:
-        """Whether steps on a patch are short enough; `whole`: it is the median case."""
-        most = CPU_STEP_VOXELS // SMALLEST_BATCH if whole else CPU_PATCH_VOXELS
-        return self.device == "cuda" or math.prod(patch) <= most
-
-    def most_samples(self, patch: Shape3) -> int:
-        """Of a batch."""
-        if self.device == "cuda":
-            return LARGEST_BATCH
-        return min(LARGEST_BATCH, CPU_STEP_VOXELS // math.prod(patch))
-
-    def step(self, patch: Shape3, stages: Stages, batch: int, memory: MemoryMode) -> Step:
-        """Trace one candidate; nothing is allocated."""
-        config = self.build_config(stages, memory)
-        report = trace_step(
-            config,
-            {},
-            patch=patch,
-            batch=batch,
-            loss=self.loss,
-            ignored=self.ignored,
-            precision=self.precision,
-            device=self.device,
-        )
-        # the averaged weights stand beside the network's own
-        if self.device == "cuda":
-            assert report.device_bytes is not None
-            peak = report.device_bytes + report.parameter_bytes
-        else:
-            tensors = report.peak_bytes + report.parameter_bytes
-            peak = round(tensors * HOST_SLACK) + HOST_RESERVE_BYTES
-        return Step(patch=patch, batch=batch, network=config, report=report, peak_bytes=peak)
+    def share(self, step: Step) -> float:
+        """Of the seconds that a step may take, those that this one takes."""
+        assert step.report.work is not None
+        return self.rates.seconds(step.report.work) / self.seconds
 
 
 @dataclass(frozen=True)
 class Answer:
-    """The step that was chosen, and the next larger patch that did not fit, if there is one.
+    """The step that was chosen, and what it was weighed against.
 
     Attributes:
-        step: the largest patch that fits, then the largest batch, then without recomputation where
-            that fits too.
-        too_large: None where the largest patch fits.
+        step: the best that fits.
+        too_large: the next larger patch, as it would have been; None where there is none.
+        alternatives: what was weighed, the one that was taken first.
     """
 
     step: Step
     too_large: Step | None
+    alternatives: tuple[Alternative, ...]
 
 
-def search(question: Question) -> Answer:
-    """The largest patch that fits with a batch of 2, then the largest batch up to 4, then speed.
+@dataclass
+class Search:
+    """What stays the same over a search.
 
-    Patch and batch are found with shared memory, which takes least; where everything also fits with
-    nothing recomputed, nothing is.
-
-    Raises:
-        MemoryBudgetError: if the smallest patch does not fit; says what would.
+    Attributes:
+        subject: what is planned for.
+        patches: the largest first; the first is as much as there is to see.
+        budget_bytes: for the peak.
+        device: whose rules to follow.
+        rates: of the machine; what seconds are estimated by.
+        beside_bytes: what stands beside a step all the time, of its report, patch and batch.
+        longest: what a step may take: its work turned into seconds by rates that every machine of
+            the kind shares, and their bound; None: as long as it likes.
+        smallest_batch: samples.
+        largest_batch: samples.
     """
-    candidates = [
-        (patch, stages)
-        for i, (patch, stages) in enumerate(shrinking_patches(question.median, question.spacing))
-        if question.is_quick(patch, whole=i == 0)
-    ]
-    traced: dict[int, Step] = {}
 
-    def fits(index: int) -> bool:
-        patch, stages = candidates[index]
-        traced[index] = question.step(patch, stages, SMALLEST_BATCH, "shared")
-        return traced[index].peak_bytes <= question.budget_bytes
+    subject: Subject
+    patches: Sequence[Shape3]
+    budget_bytes: int
+    device: DeviceKind
+    rates: Rates
+    beside_bytes: Callable[[MemoryReport, Shape3, int], int]
+    longest: Pace | None = None
+    smallest_batch: int = SMALLEST_BATCH
+    largest_batch: int = LARGEST_BATCH
+    _known: dict[tuple[Shape3, int, Rung], Step] = field(default_factory=dict)
+    _stages: dict[tuple[Shape3, MemoryMode], list[str]] = field(default_factory=dict)
 
-    # patches shrink from candidate to candidate, so bisect for the first that fits; often it is
-    # the largest, which one trace tells
-    first = 0 if fits(0) else bisect_left(range(len(candidates)), True, lo=1, key=fits)
-    if first == len(candidates):
-        smallest = traced[first - 1]
-        raise MemoryBudgetError(
-            f"a budget of {format_bytes(question.budget_bytes)}; the smallest patch worth training "
-            f"on, {format_shape(smallest.patch)} at batch {SMALLEST_BATCH}, takes "
-            f"{format_bytes(smallest.peak_bytes)}: "
-            f"--memory {-(-smallest.peak_bytes // 2**20)}MiB would do"
+    def run(self) -> Answer:
+        """Search.
+
+        Raises:
+            MemoryBudgetError: if the smallest patch does not fit; says what would do.
+        """
+        self.patches = self._quick_enough()
+        found = self._found()
+        firsts = {rung: self._at(i, rung) for rung, i in found.items()}
+        best = max(firsts, key=lambda rung: self.score(firsts[rung]))
+        step, index = self._with_fewer_stages(firsts[best], found[best], best)
+        step = self._with_more_samples(step)
+        too_large = self._at(index - 1, self._rungs()[-1]) if index > 0 else None
+        others = [one for rung, one in firsts.items() if rung != best]
+        return Answer(
+            step=step, too_large=too_large, alternatives=self._weighed(step, too_large, others)
         )
-    best = traced[first]
-    patch, stages = candidates[first]
-    for batch in range(question.most_samples(patch), SMALLEST_BATCH, -1):
-        larger = question.step(patch, stages, batch, "shared")
-        if larger.peak_bytes <= question.budget_bytes:
-            best = larger
-            break
-    plain = question.step(patch, stages, best.batch, "plain")
-    if plain.peak_bytes <= question.budget_bytes:
-        best = plain
-    return Answer(step=best, too_large=traced.get(first - 1))
+
+    def score(self, step: Step) -> float:
+        """Context a second: the share of the largest patch that is seen, times voxels a second."""
+        context = math.prod(step.patch) / math.prod(self.patches[0])
+        return context * step.batch * math.prod(step.patch) / step.seconds
+
+    def step(
+        self, patch: Shape3, batch: int, mode: MemoryMode, policies: Mapping[str, Policy]
+    ) -> Step:
+        """Trace one candidate."""
+        network = self.subject.network(patch, mode)
+        apply_policy(network, policies)
+        return self._weigh(patch, batch, mode, policies, self._traced(network, patch, batch))
+
+    def _traced(self, network: nn.Module, patch: Shape3, batch: int) -> MemoryReport:
+        return self.subject.trace(network, patch, batch)
+
+    def _weigh(
+        self,
+        patch: Shape3,
+        batch: int,
+        mode: MemoryMode,
+        policies: Mapping[str, Policy],
+        report: MemoryReport,
+    ) -> Step:
+        assert report.work is not None
+        seconds = self.rates.seconds(report.work)
+        if "offload" in policies.values():
+            seconds += 2 * report.saved_bytes / HOST_LINK
+        beside = self.beside_bytes(report, patch, batch)
+        heap = choose_heap(
+            report, device=self.device, beside_bytes=beside, budget_bytes=self.budget_bytes
+        )
+        return Step(
+            patch=patch,
+            batch=batch,
+            mode=mode,
+            policies=dict(policies),
+            report=report,
+            peak_bytes=predicted_peak(report, device=self.device, heap=heap, beside_bytes=beside),
+            seconds=seconds,
+            heap=heap,
+        )
+
+    def _fits(self, step: Step) -> bool:
+        return step.peak_bytes <= self.budget_bytes
+
+    def _rungs(self) -> list[Rung]:
+        """From the fastest to the one that takes least."""
+        *_, least = self.subject.modes
+        rungs = [*(Rung(mode, "keep") for mode in self.subject.modes), Rung(least, "recompute")]
+        if self.device == "cuda":
+            rungs.append(Rung(least, "offload"))
+        return rungs
+
+    def _at(self, index: int, rung: Rung, batch: int | None = None) -> Step:
+        patch, batch = self.patches[index], batch or self.smallest_batch
+        if (patch, batch, rung) not in self._known:
+            policies: dict[str, Policy] = {}
+            if rung.policy != "keep":
+                policies = dict.fromkeys(self._outermost(patch, rung.mode), rung.policy)
+            self._known[patch, batch, rung] = self.step(patch, batch, rung.mode, policies)
+        return self._known[patch, batch, rung]
+
+    def _outermost(self, patch: Shape3, mode: MemoryMode) -> list[str]:
+        network = self.subject.network(patch, mode)
+        paths = {path for path, _ in network.named_modules()}
+        for known in self._stages.values():
+            if paths.issuperset(known):
+                return known
+        index = self.patches.index(patch)
+        stages = outermost_stages(network, self._at(index, Rung(mode, "keep")).report)
+        self._stages[patch, mode] = stages
+        return stages
+
+    def _quick_enough(self) -> list[Shape3]:
+        """The patches whose steps are short enough, by what the largest one would take.
+
+        A part of a case must leave time for the largest batch; a whole case, which shows where
+        things lie, for the smallest.
+        """
+        patches = list(self.patches)
+        if self.longest is None:
+            return patches
+        first = self._at(0, Rung(self.subject.modes[-1], "keep"))
+        share = self.longest.share(first)
+        if share <= 1:
+            return patches
+        most = math.prod(patches[0]) * self.smallest_batch / (share * self.largest_batch)
+        return [patch for patch in patches if math.prod(patch) <= most] or patches[-1:]
+
+    def _found(self) -> dict[Rung, int]:
+        """The first patch that fits on each rung; none further down once all there is to see fits.
+
+        Raises:
+            MemoryBudgetError: if none fits on any.
+        """
+        found: dict[Rung, int] = {}
+        for rung in self._rungs():
+            if rung.policy != "keep" and 0 in found.values():
+                break
+            index = self._largest(rung)
+            if index is not None:
+                found[rung] = index
+        if found:
+            return found
+        smallest = min(
+            (self._at(len(self.patches) - 1, rung) for rung in self._rungs()),
+            key=lambda step: step.peak_bytes,
+        )
+        needed = -(-smallest.peak_bytes // 2**20)
+        raise MemoryBudgetError(
+            f"a budget of {format_bytes(self.budget_bytes)}; the smallest patch worth training on, "
+            f"{format_shape(smallest.patch)} at batch {smallest.batch}, takes "
+            f"{format_bytes(smallest.peak_bytes)}: --memory {needed}MiB would do"
+        )
+
+    def _largest(self, rung: Rung) -> int | None:
+        """The first patch that fits; bytes grow with voxels, so each trace tells where to look."""
+        too_large, fitting = 0, len(self.patches) - 1
+        if not self._fits(self._at(fitting, rung)):
+            return None
+        if self._fits(self._at(too_large, rung)):
+            return 0
+        while fitting - too_large > 1:
+            large, small = self._at(too_large, rung), self._at(fitting, rung)
+            voxels = [math.prod(one.patch) for one in (small, large)]
+            share = (self.budget_bytes - small.peak_bytes) / (large.peak_bytes - small.peak_bytes)
+            most = voxels[0] + share * (voxels[1] - voxels[0])
+            inside = range(too_large + 1, fitting)
+            index = next((i for i in inside if math.prod(self.patches[i]) <= most), inside[-1])
+            if self._fits(self._at(index, rung)):
+                fitting = index
+            else:
+                too_large = index
+        return fitting
+
+    def _with_fewer_stages(self, step: Step, index: int, rung: Rung) -> tuple[Step, int]:
+        """Look for better between two rungs: some of the stages recomputed, or a larger patch."""
+        best = self._partly(index, rung.mode) if rung.policy != "keep" else step
+        if best is None or self.score(best) <= self.score(step):
+            best = step
+        mode = self.subject.modes[-1]
+        for larger in range(index - 1, max(-1, index - 1 - LARGER_PATCHES), -1):
+            found = self._partly(larger, mode)
+            if found is None:
+                break
+            if self.score(found) > self.score(best):
+                best, index = found, larger
+        return best, index
+
+    def _partly(self, index: int, mode: MemoryMode) -> Step | None:
+        """A patch with the least recomputed that makes it fit; None where nothing does."""
+        patch = self.patches[index]
+        least = Rung(mode, "recompute")
+        if not self._fits(self._at(index, least)):
+            return None
+        network = self.subject.network(patch, mode)
+        steps: list[Step] = []
+
+        def trace(candidate: nn.Module) -> MemoryReport:
+            report = self._traced(candidate, patch, self.smallest_batch)
+            steps.append(self._weigh(patch, self.smallest_batch, mode, {}, report))
+            return replace(report, peak_bytes=steps[-1].peak_bytes)
+
+        policies = choose_policy(network, trace, budget_bytes=self.budget_bytes)
+        return replace(steps[-1], policies=policies)
+
+    def _with_more_samples(self, step: Step) -> Step:
+        """The same step with the largest batch that fits and is short enough."""
+        for batch in range(self.largest_batch, step.batch, -1):
+            if self.longest is not None and self.longest.share(step) * batch > step.batch:
+                continue
+            larger = self.step(step.patch, batch, step.mode, step.policies)
+            if self._fits(larger):
+                return larger
+        return step
+
+    def _weighed(
+        self, step: Step, too_large: Step | None, others: Sequence[Step]
+    ) -> tuple[Alternative, ...]:
+        taken = Alternative(
+            choice=describe(step),
+            peak_bytes=step.peak_bytes,
+            seconds=step.seconds,
+            taken=True,
+            why="the most context a second that fits",
+        )
+        rows = [taken]
+        if too_large is not None:
+            fits = self._fits(too_large)
+            needs = f"{format_bytes(too_large.peak_bytes)}; the budget is " + format_bytes(
+                self.budget_bytes
+            )
+            rows.append(
+                Alternative(
+                    choice=describe(too_large),
+                    peak_bytes=too_large.peak_bytes,
+                    seconds=too_large.seconds,
+                    why="fits, but shows less context a second" if fits else f"needs {needs}",
+                )
+            )
+        rows += [
+            Alternative(
+                choice=describe(other),
+                peak_bytes=other.peak_bytes,
+                seconds=other.seconds,
+                why=f"{self.score(other) / self.score(step):.2f} x the context a second",
+            )
+            for other in others
+            if describe(other) != describe(step)
+        ]
+        return tuple(rows)
+
+
+def describe(step: Step) -> str:
+    """A step in words."""
+    n_stages, kinds = len(step.policies), sorted(set(step.policies.values()))
+    how = {"plain": "nothing computed twice", "shared": "features stored once"}.get(
+        step.mode, "bottlenecks computed twice"
+    )
+    if n_stages:
+        how = f"{n_stages} stages {'offloaded' if kinds == ['offload'] else 'recomputed'}"
+    return f"patch {format_shape(step.patch)}, batch {step.batch}, {how}"

@@ -1,8 +1,9 @@
-"""What one step of a training takes, traced: nothing is allocated."""
+"""A step of training that might be taken, traced: nothing is allocated, nothing runs."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -11,70 +12,109 @@ from torch.optim import AdamW
 from effseg.devices import AUTOCAST, DeviceKind, Precision, device_kind
 from effseg.losses import DeepSupervisionLoss, build_loss
 from effseg.memory import MemoryReport, Policy, apply_policy, trace_peak
-from effseg.networks import DenseUNet, build_network
+from effseg.networks import DenseUNet, MemoryMode, build_network
 from effseg.plans import LossConfig, NetworkConfig, Plan
 from effseg.types import Shape3
 
+Heap = Literal["system", "mapped"]
 
-def trace_plan(plan: Plan) -> MemoryReport:
-    """The memory of a training step as a plan has it, module by module.
-
-    Raises:
-        PlanError: if a policy names no stage of the network.
-    """
-    return trace_step(
-        plan.network,
-        plan.policies,
-        patch=plan.patch_size,
-        batch=plan.batch_size,
-        loss=plan.training.loss,
-        ignored=plan.ignore_label is not None,
-        precision=plan.precision,
-        device=device_kind(plan.device),
-    )
+HOST_SLACK = 1.1
+"""Resident memory over tensor bytes where the C library keeps freed memory on its heap: what our
+networks take. Others were seen to take up to `HOST_WORST` times their tensors."""
+HOST_WORST = 2.2
+HOST_RESERVE_BYTES = 144 * 2**20
+"""Of a CPU's budget with the system's heap, for what is no tensor."""
 
 
-def trace_step(
-    config: NetworkConfig,
-    policies: Mapping[str, Policy],
-    *,
-    patch: Shape3,
-    batch: int,
-    loss: LossConfig,
-    ignored: bool,
-    precision: Precision,
-    device: DeviceKind,
-) -> MemoryReport:
-    """The memory of a training step of the network that a configuration describes.
+@dataclass(frozen=True)
+class Step:
+    """One training step, and what it takes.
 
-    Args:
-        config: of the network.
-        policies: of its stages.
+    Attributes:
         patch: voxels.
         batch: samples.
+        mode: of the network's memory.
+        policies: of its stages, by path.
+        report: as traced.
+        peak_bytes: predicted of the training, with what is no tensor.
+        seconds: estimated.
+        heap: how the C library is to keep freed memory (CPU).
+    """
+
+    patch: Shape3
+    batch: int
+    mode: MemoryMode
+    policies: Mapping[str, Policy]
+    report: MemoryReport
+    peak_bytes: int
+    seconds: float
+    heap: Heap
+
+
+class Subject(Protocol):
+    """What a step is planned for.
+
+    Attributes:
+        modes: of the network's memory, from the fastest to the one that takes least.
+    """
+
+    @property
+    def modes(self) -> tuple[MemoryMode, ...]:
+        """Of the network's memory."""
+
+    def network(self, patch: Shape3, mode: MemoryMode) -> nn.Module:
+        """The network for patches of this size, on the meta device or without weights to keep."""
+
+    def trace(self, network: nn.Module, patch: Shape3, batch: int) -> MemoryReport:
+        """The memory of a step of this network, under the policies that it has."""
+
+
+@dataclass(frozen=True)
+class Flagship:
+    """A `DenseUNet` in training as `effseg train` runs it.
+
+    Attributes:
+        build_config: its configuration for patches of a size, with a memory mode.
         loss: its configuration.
         ignored: whether voxels may be ignored.
         precision: of the step.
         device: whose rules to follow.
-
-    Raises:
-        PlanError: if a policy names no stage of the network.
     """
-    n_classes = config.out_channels
-    compute = build_loss(loss, ignore_label=n_classes if ignored else None, n_classes=n_classes)
-    with torch.device("meta"):
-        network = build_network(config)
-    apply_policy(network, policies)
-    return trace_peak(
-        _ForLoss(network),
-        (batch, config.in_channels, *patch),
-        loss=DeepSupervisionLoss(compute) if config.deep_supervision else compute,
-        label_shape=(batch, *patch),
-        label_dtype=torch.uint8,
-        optimizer=partial(AdamW, lr=1e-3),
-        autocast=AUTOCAST[precision],
-        device=device,
-    )
+
+    build_config: Callable[[Shape3, MemoryMode], NetworkConfig]
+    loss: LossConfig
+    ignored: bool
+    precision: Precision
+    device: DeviceKind
+    modes: tuple[MemoryMode, ...] = field(default=("plain", "shared"))
+
+    def network(self, patch: Shape3, mode: MemoryMode) -> DenseUNet:
+        """The network for patches of this size; its weights hold nothing."""
+        with torch.device("meta"):
+            return build_network(self.build_config(patch, mode))
+
+    def trace(self, network: nn.Module, patch: Shape3, batch: int) -> MemoryReport:
+        """The memory of a step, modules named from the network on."""
+        assert isinstance(network, DenseUNet)
+        n_classes = network.config.out_channels
+        loss = build_loss(
+            self.loss, ignore_label=n_classes if self.ignored else None, n_classes=n_classes
+        )
+        report = trace_peak(
+            _ForLoss(network),
+            (batch, network.config.in_channels, *patch),
+            loss=DeepSupervisionLoss(loss) if network.config.deep_supervision else loss,
+            label_shape=(batch, *patch),
+            label_dtype=torch.uint8,
+            optimizer=partial(AdamW, lr=1e-3),
+            autocast=AUTOCAST[self.precision],
+            device=self.device,
+        )
+        outer, name = f"{_ForLoss.__name__}.network", type(network).__name__
+        timeline = (
+            replace(event, module=event.module.replace(outer, name, 1)) for event in report.timeline
+        )
+        return replace(report, timeline=tuple(timeline))
 
 
 class _ForLoss(nn.Module):
@@ -87,3 +127,48 @@ class _ForLoss(nn.Module):
     def forward(self, image: Tensor) -> Any:
         """What the loss reads."""
         return self.network.for_loss(image)
+
+
+def trace_plan(plan: Plan) -> MemoryReport:
+    """The memory of a training step as a plan has it, module by module.
+
+    Raises:
+        PlanError: if a policy names no stage of the network.
+    """
+    subject = Flagship(
+        build_config=lambda *_: plan.network,
+        loss=plan.training.loss,
+        ignored=plan.ignore_label is not None,
+        precision=plan.precision,
+        device=device_kind(plan.device),
+    )
+    network = subject.network(plan.patch_size, plan.network.memory)
+    apply_policy(network, plan.policies)
+    return subject.trace(network, plan.patch_size, plan.batch_size)
+
+
+def predicted_peak(
+    report: MemoryReport, *, device: DeviceKind, heap: Heap, beside_bytes: int
+) -> int:
+    """What a training takes: on CUDA what the card shows, else resident memory.
+
+    Args:
+        report: of a traced step.
+        device: that the step was traced for.
+        heap: how the C library keeps freed memory (CPU).
+        beside_bytes: what stands beside the step all the time.
+    """
+    if device == "cuda" or heap == "mapped":
+        assert report.device_bytes is not None
+        return report.device_bytes + beside_bytes
+    return round((report.peak_bytes + beside_bytes) * HOST_SLACK) + HOST_RESERVE_BYTES
+
+
+def choose_heap(
+    report: MemoryReport, *, device: DeviceKind, beside_bytes: int, budget_bytes: int
+) -> Heap:
+    """The system's heap, which is faster, where even the worst that was seen of it would fit."""
+    if device == "cuda":
+        return "system"
+    worst = (report.peak_bytes + beside_bytes) * HOST_WORST + HOST_RESERVE_BYTES
+    return "system" if worst <= budget_bytes else "mapped"
