@@ -20,7 +20,8 @@ HOST_BYTES = 16 * 2**20
 """Threads' stacks, the libraries' compiled kernels and tables: what a first step leaves. Measured
 with and without threads as 11 to 20 MiB over seven networks."""
 VECTOR_BYTES = {"AVX512": 64, "AVX2": 32}
-"""By `torch.backends.cpu.get_cpu_capability()`; channels fill such a vector."""
+"""By `torch.backends.cpu.get_cpu_capability()`; channels fill such a vector of float32, and as many
+of them those of shorter types."""
 
 BLOCKED = {"Mkldnn", "MkldnnTranspose"}
 COLUMNS = {"Slow2d", "Slow3d"}
@@ -36,10 +37,12 @@ def scratch_bytes(name: str, args: Sequence[Any], result: Any) -> int:
     """
     if name == "aten::convolution":
         inputs, weight, bias, *options = args
-        return _of_convolution(result, inputs, weight, bias, options, backward=False)
+        return _of_convolution(result, inputs, weight, bias, options)
     if name == "aten::convolution_backward":
-        gradient, inputs, weight, _, *options, _ = args
-        return _of_convolution(gradient, inputs, weight, None, options, backward=True)
+        gradient, inputs, weight, _, *options, (to_inputs, *_) = args
+        return _of_convolution(
+            gradient, inputs, weight, None, options, backward=True, to_inputs=to_inputs
+        )
     return 0
 
 
@@ -50,9 +53,13 @@ def _of_convolution(
     bias: Tensor | None,
     options: Sequence[Any],
     *,
-    backward: bool,
+    backward: bool = False,
+    to_inputs: bool = False,
 ) -> int:
-    """Of a convolution in either direction; backward takes one of its two halves at a time."""
+    """Of a convolution in either direction; backward takes one of its two halves at a time.
+
+    Channels that fill no vector are read in place; a gradient of them is written as one.
+    """
     stride, padding, dilation, transposed, output_padding, groups = options
     kernel = torch._C._select_conv_backend(
         inputs, weight, bias, stride, padding, dilation, transposed, output_padding, groups, None
@@ -64,13 +71,24 @@ def _of_convolution(
         return weight[0].numel() * places * weight.element_size()
     layout = convolution_layout(inputs, weight, bias, options, device="cpu")
     if kernel in BLOCKED and layout == torch.contiguous_format:
-        return sum(map(_blocked_bytes, (inputs, output, weight)))
+        in_place = (
+            not to_inputs
+            and not transposed
+            and torch.backends.cpu.get_cpu_capability() == "AVX512"  # of others it is not known
+            and inputs.shape[1] < _channels_of_a_vector()
+            and math.prod(weight.shape[2:]) > 1
+        )
+        copied = (output, weight) if in_place else (inputs, output, weight)
+        return sum(map(_blocked_bytes, copied))
     return 0
 
 
 def _blocked_bytes(tensor: Tensor) -> int:
     """Of a copy whose channels fill whole vectors."""
-    n_channels, n_bytes = tensor.shape[1], tensor.element_size()
-    vector = VECTOR_BYTES.get(torch.backends.cpu.get_cpu_capability(), n_bytes)
-    width = max(1, vector // n_bytes)
-    return tensor.numel() // n_channels * (-(-n_channels // width) * width) * n_bytes
+    n_channels, width = tensor.shape[1], _channels_of_a_vector()
+    return tensor.numel() // n_channels * (-(-n_channels // width) * width) * tensor.element_size()
+
+
+def _channels_of_a_vector() -> int:
+    n_bytes = VECTOR_BYTES.get(torch.backends.cpu.get_cpu_capability(), 4)
+    return n_bytes // 4
