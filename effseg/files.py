@@ -5,8 +5,9 @@ import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -112,18 +113,43 @@ def load_model(
     try:
         return kind.model_validate(read_json(path, error=error))
     except ValidationError as cause:
-        raise error(f"{path}: {name_places(cause, what=what)}") from cause
+        raise error(f"{path}: {name_places(cause, what=what, kind=kind)}") from cause
 
 
-def name_places(error: ValidationError, *, what: str) -> str:
-    """What a model refused and where, in one line; `what` where the whole is meant."""
-    named = [
-        f"{'.'.join(str(part) for part in entry['loc']) or what}: {entry['msg']}"
-        + _got(entry.get("input"))
-        for entry in error.errors()[:MOST_PLACES]
-    ]
+def name_places(error: ValidationError, *, what: str, kind: type[BaseModel] | None = None) -> str:
+    """What a model refused and where, in one line.
+
+    Args:
+        error: as the model raised it.
+        what: the model's name, where the whole is meant.
+        kind: the model; the keys of it and of its parts are offered for those it does not know.
+    """
+    named = []
+    for entry in error.errors()[:MOST_PLACES]:
+        said = entry["msg"].removeprefix("Value error, ")
+        if entry["type"] == "extra_forbidden":
+            said = "no such key" + _did_you_mean(entry["loc"], kind)
+        place = ".".join(str(part) for part in entry["loc"]) or what
+        named.append(f"{place}: {said}{_got(entry.get('input'))}")
     more = error.error_count() - len(named)
     return "; ".join(named) + (f"; and {more} more" if more > 0 else "")
+
+
+def _did_you_mean(place: tuple[int | str, ...], kind: Any) -> str:
+    """The key most like the last of a place, among those that the model there has."""
+    for part in place[:-1]:
+        if isinstance(part, str) and kind is not None:
+            field = kind.model_fields.get(part)
+            kind = None if field is None else _model_in(field.annotation)
+    near = () if kind is None else get_close_matches(str(place[-1]), kind.model_fields, n=1)
+    return f", did you mean {near[0]}" if near else ""
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    """The model in an annotation such as `tuple[Label, ...]`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for part in get_args(annotation) if (found := _model_in(part))), None)
 
 
 def _got(value: Any) -> str:

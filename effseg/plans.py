@@ -51,6 +51,8 @@ class Normalisation(Config):
             raise ValueError("kind ct needs low, high, mean and std")
         if self.kind == "zscore" and numbers != (None, None, None, None):
             raise ValueError("kind zscore takes no numbers: they come from each image")
+        if self.low is not None and self.high is not None and self.low >= self.high:
+            raise ValueError(f"low {self.low:g} and high {self.high:g}; low must be the smaller")
         return self
 
 
@@ -191,6 +193,14 @@ class AugmentConfig(Config):
     blur: Share = 0.1
     low_resolution: Share = 0.1
 
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if len(set(self.flip_axes)) < len(self.flip_axes):
+            raise ValueError(f"flip_axes {self.flip_axes}; each axis may stand there once")
+        if not 0 < self.scale[0] <= self.scale[1]:
+            raise ValueError(f"scale {self.scale}; expected two zooms above 0, the smaller first")
+        return self
+
 
 class TrainingConfig(Config):
     """How long, on what, from which samples."""
@@ -318,7 +328,10 @@ class Plan(Config):
             )
         if self.labels[0].value != 0:
             raise ValueError(f"the first label has value {self.labels[0].value}; background is 0")
-        if self.ignore_label in {label.value for label in self.labels}:
+        values = [label.value for label in self.labels]
+        if twice := sorted({value for value in values if values.count(value) > 1}):
+            raise ValueError(f"labels have value {twice[0]} twice; each needs one of its own")
+        if self.ignore_label in values:
             raise ValueError(f"ignore_label {self.ignore_label} is also a label to predict")
         stride = self.network.total_stride
         if any(p % s for p, s in zip(self.patch_size, stride, strict=True)):

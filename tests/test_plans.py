@@ -17,7 +17,7 @@ def test_a_plan_survives_its_file(tiny_plan: Plan, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("place", "value", "words"),
     [
-        (("batchsize",), 4, "batchsize: Extra inputs are not permitted"),
+        (("batchsize",), 4, "batchsize: no such key, did you mean batch_size, got 4"),
         (("batch_size",), 0, "batch_size: Input should be greater than or equal to 1, got 0"),
         (("spacing",), [1.0, -1.0, 1.0], "spacing.1"),
         (("training", "optimizer", "learning_rate"), "NaN", "training.optimizer.learning_rate"),

@@ -19,6 +19,7 @@ from effseg.dataset import Dataset, Fold, folds, read_dataset
 from effseg.devices import Precision, present_device
 from effseg.errors import DataError, EffsegError, PlanError
 from effseg.files import name_places
+from effseg.planner import check_plan
 from effseg.plans import Plan
 from effseg.record import CHECKPOINTS, METRICS, PLAN, RECORD, WEIGHTS
 from effseg.training.callbacks import (
@@ -85,8 +86,10 @@ def train(
         KeyboardInterrupt: as it was sent; what was learnt until then is kept.
         PlanError: if plan and data set do not fit, minutes and epochs are both or neither set, or
             the device is not here.
+        MemoryBudgetError: if a step takes more than the plan's budget.
         DataError: if `out` is taken, or a case cannot be used.
     """
+    source = "plan" if isinstance(plan, Plan) else plan
     if not isinstance(plan, Plan):
         plan = Plan.load(plan)
     if not isinstance(dataset, Dataset):
@@ -97,6 +100,7 @@ def train(
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DataError(f"{out}: not empty; name a new folder, so that two runs cannot mix")
+    plan = check_plan(plan, source=source)
     by_name = {case.name: case for case in dataset.cases}
     cache = out / "cache"
     try:
