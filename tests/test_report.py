@@ -20,7 +20,10 @@ from hypothesis.extra.numpy import arrays
 from effseg.errors import CheckpointError, DataError, EffsegError, PlanError
 from effseg.evaluation import CaseScore, LabelScore, LesionScore, Scores, evaluate
 from effseg.io import write_volume
+from effseg.memory import MemoryEvent, MemoryReport
+from effseg.planner import trace_plan
 from effseg.plans import (
+    Alternative,
     Channel,
     ChannelFacts,
     Fingerprint,
@@ -31,6 +34,7 @@ from effseg.plans import (
     Normalisation,
     Plan,
     TrainingConfig,
+    format_bytes,
 )
 from effseg.report import write_report
 from effseg.report.charts import FRAME, draw_curves
@@ -38,9 +42,11 @@ from effseg.report.choices import list_choices
 from effseg.report.outlines import outline, png_uri, shrink
 from effseg.report.planes import view_case
 from effseg.report.results import list_labels, pick_cases
+from effseg.report.step import FRAME as STEP
+from effseg.report.step import draw_step
 from effseg.volume import AxisOrder, Grid, Volume
 
-GIB = 2**30
+GIB, MIB = 2**30, 2**20
 NASTY = '<script>alert("1")</script> & {{ 7*7 }}'
 TYPED = str.maketrans({"\N{MINUS SIGN}": "-", "\N{EN DASH}": "-", "\N{MULTIPLICATION SIGN}": "x"})
 VOID = {"meta", "link", "img", "br", "hr", "input"}
@@ -279,6 +285,68 @@ def test_numbers_are_the_inputs(run: Path) -> None:
     assert "--fold 2" in text
     for fact in ("1,234", "1,400,000", "cpu, 2 threads", "torch 2.13.0", "Python 3.11.7"):
         assert fact in text
+
+
+def test_a_step_is_drawn_module_by_module(run: Path) -> None:
+    page = Page(write_report(run))
+    text = page.text
+    polygons = [attrs for tag, attrs in page.tags if tag == "polygon"]
+    for word in ("forward", "backward", "optimizer", "encoder.0", "decoder.0", "stem"):
+        assert word in text
+    report = trace_plan(make_plan())
+    assert f"{format_bytes(report.peak_bytes)} at most" in text
+    assert "far above" in text  # a budget of 2 GiB, beside which the step is small
+    xs, ys = zip(
+        *(map(float, point.split(",")) for p in polygons for point in p["points"].split()),
+        strict=True,
+    )
+    assert (min(xs), max(xs)) == (STEP.left, STEP.right)
+    assert STEP.top <= min(ys) < max(ys) == STEP.bottom
+
+
+def test_the_peak_the_budget_and_the_phases_lie_where_they_should() -> None:
+    timeline = (
+        MemoryEvent("Net.body.a.conv", "forward", 100 * MIB, 300 * MIB, 200 * MIB, 0),
+        MemoryEvent("Net.body.a.norm", "forward", 200 * MIB, 250 * MIB, 200 * MIB, 0),
+        MemoryEvent("Net.body.b", "backward", 200 * MIB, 800 * MIB, 100 * MIB, 0),
+        MemoryEvent("", "optimizer", 100 * MIB, 120 * MIB, 100 * MIB, 0),
+    )
+    report = MemoryReport(800 * MIB, 0, 0, timeline)
+    memory = Memory(budget_bytes=1000 * MIB, peak_bytes=900 * MIB, saved_bytes=0)
+    chart = draw_step(report, make_plan().model_copy(update={"memory": memory}))
+    assert [name.text for name in chart.names] == ["a", "b", "optimizer"]
+    assert [phase.text for phase in chart.phases] == ["forward", "backward", "optimizer"]
+    assert chart.peak.text == "800 MiB in b, backward"
+    third = (STEP.right - STEP.left) / 3
+    assert chart.peak.x == pytest.approx(STEP.left + 1.5 * third, abs=0.1)
+    places = {level.style: level.at for level in chart.levels}
+    assert places["budget"] < places["predicted"] < chart.peak.y
+    height = STEP.bottom - STEP.top
+    assert places["budget"] == pytest.approx(STEP.bottom - height * 1000 / 1000, abs=0.1)
+    assert chart.peak.y == pytest.approx(STEP.bottom - height * 0.8, abs=0.1)
+    at = sorted(level.text_at for level in chart.levels)
+    assert at[1] - at[0] >= 12  # words of two near lines do not meet
+    assert [entry.name for entry in chart.legend] == ["a", "b", "optimizer"]
+
+
+def test_a_plan_that_cannot_be_traced_leaves_a_line_and_the_rest_of_the_page(run: Path) -> None:
+    plan = make_plan().model_copy(update={"policies": {"encoder.7": "recompute"}})
+    plan.save(run / "plan.json")
+    page = Page(write_report(run))
+    assert "No picture of a step: 'encoder.7' is no module" in page.text
+    assert "polygon" not in {tag for tag, _ in page.tags}
+    assert "7.4 minutes of training" in page.text
+
+
+def test_what_else_was_weighed_stands_in_a_table(run: Path) -> None:
+    others = (
+        Alternative(choice="patch 32", peak_bytes=3 * GIB, seconds=1.5, why="over the budget"),
+        Alternative(choice="patch 16", peak_bytes=GIB, taken=True, why="fits"),
+    )
+    make_plan().model_copy(update={"alternatives": others}).save(run / "plan.json")
+    text = Page(write_report(run)).text
+    assert "patch 32 3.00 GiB 150% 1.5 over the budget" in text
+    assert "patch 16, taken 1.00 GiB 50% - fits" in text
 
 
 def test_more_than_the_budget_is_said_in_the_first_line(run: Path) -> None:

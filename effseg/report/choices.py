@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from effseg.plans import Config, Fingerprint, Plan
+from effseg.plans import Config, Fingerprint, Plan, format_bytes
 from effseg.report.wording import DASH, TIMES, spell, write_number
 
 ALWAYS = (
@@ -90,7 +90,7 @@ def write_value(value: Any, *, unit: str = "") -> str:
     elif isinstance(value, float):
         text = write_number(value)
     elif isinstance(value, dict):
-        text = ", ".join(f"{spell(k)} {write_value(v)}" for k, v in value.items() if v is not None)
+        text = ", ".join(_write_entry(k, v) for k, v in value.items() if v is not None)
     elif isinstance(value, tuple | list):
         flat = all(isinstance(v, int | float) for v in value)
         text = (f" {TIMES} " if flat and len(value) == 3 else ", ").join(
@@ -99,6 +99,12 @@ def write_value(value: Any, *, unit: str = "") -> str:
     else:
         text = str(value)
     return f"{text} {unit}".strip()
+
+
+def _write_entry(key: str, value: Any) -> str:
+    if key.endswith("_bytes") and isinstance(value, int):
+        return f"{spell(key.removesuffix('_bytes'))} {format_bytes(value)}"
+    return f"{spell(key)} {write_value(value)}"
 
 
 def _range(values: Sequence[float], *, digits: int | None = None) -> str:

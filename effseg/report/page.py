@@ -19,6 +19,8 @@ from effseg.report.charts import FRAME, draw_curves
 from effseg.report.choices import list_choices, list_facts
 from effseg.report.planes import View, view_case
 from effseg.report.run import Run, read_run
+from effseg.report.step import FRAME as STEP_FRAME
+from effseg.report.step import draw_plan
 from effseg.report.wording import write_number, write_score, write_share
 
 
@@ -125,6 +127,7 @@ def _read_template(name: str) -> str:
 def _context(run: Run) -> dict[str, Any]:
     plan, record = run.plan, run.record
     best = None if record is None else record.best_epoch
+    step, no_step = draw_plan(plan)
     return {
         "run": run,
         "plan": plan,
@@ -134,6 +137,9 @@ def _context(run: Run) -> dict[str, Any]:
         "facts": list_facts(plan.fingerprint),
         "charts": draw_curves(run.columns, best_epoch=best),
         "frame": FRAME,
+        "step": step,
+        "no_step": no_step,
+        "step_frame": STEP_FRAME,
         "bars": _bars(plan, None if record is None else record.memory),
         "sections": [_section(name, scores, plan) for name, scores in run.scores.items()],
         "columns": results.COLUMNS,
@@ -249,5 +255,5 @@ def _commands(run: Run) -> Iterator[str]:
 
 
 def _plan_without_lists(plan: Plan) -> str:
-    """The plan as JSON; the fingerprint's long lists are summed up in a table of their own."""
-    return plan.model_dump_json(indent=2, exclude={"fingerprint", "reasons"})
+    """The plan as JSON; what is long stands in tables of its own."""
+    return plan.model_dump_json(indent=2, exclude={"alternatives", "fingerprint", "reasons"})
