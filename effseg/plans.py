@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from effseg.devices import DEVICE_NAME, Precision
 from effseg.errors import PlanError
@@ -300,7 +300,7 @@ class Plan(Config):
     patch_size: Positive3
     batch_size: int = Field(ge=1)
     precision: Precision = "float32"
-    device: str = Field("cpu", pattern=DEVICE_NAME)
+    device: str = "cpu"
     network: NetworkConfig
     policies: dict[str, Literal["keep", "recompute", "offload"]] = Field(
         default_factory=dict, description="of stages of the network, by module path"
@@ -313,6 +313,13 @@ class Plan(Config):
         (), description="what was weighed, the one that was taken among them"
     )
     fingerprint: Fingerprint
+
+    @field_validator("device")
+    @classmethod
+    def _is_a_device(cls, name: str) -> str:
+        if re.fullmatch(DEVICE_NAME, name) is None:
+            raise ValueError('expected "cpu", "cuda" or "cuda:<number>"')
+        return name
 
     @model_validator(mode="after")
     def _parts_agree(self) -> Self:

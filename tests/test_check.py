@@ -59,7 +59,7 @@ EDITS: list[tuple[Edit, str]] = [
     (lambda p: p.update(batch_size="two"), "batch_size: Input should be a valid integer"),
     (lambda p: p.update(spacing=[1, -1, 1]), "spacing.1: Input should be greater than 0, got -1"),
     (lambda p: p.update(precision="int8"), "precision: Input should be 'float32', 'bfloat16' or"),
-    (lambda p: p.update(device="gpu"), "device: String should match pattern '^(cpu|cuda"),
+    (lambda p: p.update(device="gpu"), 'device: expected "cpu", "cuda" or "cuda:<number>", got'),
     (lambda p: p.update(policies={"encoder.0": "fast"}), "policies.encoder.0: Input should be"),
     (
         lambda p: p["network"].update(out_channels=7),

@@ -12,13 +12,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import typer
+from rich.console import Console
 
 from effseg import cli
+from effseg.cli.budgets import describe
+from effseg.cli.plan_tables import print_plan
 from effseg.dataset import Dataset, layouts
 from effseg.errors import PlanError
 from effseg.inference import CaseResult
 from effseg.io import read_grid, read_volume, write_volume
-from effseg.plans import Plan
+from effseg.planner import facts
+from effseg.plans import Alternative, Fingerprint, Plan
 from effseg.record import RunRecord
 from effseg.volume import Grid, Volume
 
@@ -73,6 +78,11 @@ def test_the_whole_way(tiny_dataset: Path, tiny_plan: Plan, tmp_path: Path) -> N
         (("train", "x", "--out", "y"), 1, "--plan PLAN or --memory SIZE"),
         (("check", "/nowhere/at/all"), 2, "/nowhere/at/all"),
         (("plan", ".", "--memory", "lots"), 2, "expected a size"),
+        (("plan", ".", "--memory", "1GiB,lots"), 2, "memory 'lots'; expected a size"),
+        (("plan", ".", "--memory", "1GiB,"), 2, "memory ''; expected a size"),
+        (("plan", ".", "--memory", "1GiB,2GiB", "--out", "p"), 1, "--out p beside 2 budgets"),
+        (("plan", ".", "--memory", "1GiB", "--size", "b9"), 1, "'b9' is not one of 'b0'"),
+        (("train", "x", "--out", "y", "--plan", "p", "--size", "b1"), 1, "a --plan has its own"),
         (("plan", ".", "--memory", "1GiB", "--device", "abacus"), 2, "device 'abacus'; expected"),
         (("predict", "/no/run", "x.nii.gz", "--out", "o"), 2, "no such run"),
         (("evaluate", "/no/predictions", "/no/references"), 2, "/no/predictions"),
@@ -80,6 +90,111 @@ def test_the_whole_way(tiny_dataset: Path, tiny_plan: Plan, tmp_path: Path) -> N
 )
 def test_mistakes_get_one_line_and_their_exit_code(arguments, code, words) -> None:
     assert words in effseg(*arguments, expect=code)
+
+
+def test_budgets_stand_side_by_side_from_one_look_at_the_data(
+    tiny_dataset: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    looked = []
+
+    def looking(dataset: Dataset, **choices: object) -> Fingerprint:
+        looked.append(dataset.name)
+        return facts.fingerprint(dataset)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("effseg.planner.fingerprint", looking)
+    monkeypatch.setattr("effseg.cli.budgets.console", Console(width=160))
+    budgets = ["--memory", "1MiB, 400MiB,1GiB", "--device", "cpu"]
+    cli.app(["plan", str(tiny_dataset), *budgets], standalone_mode=False)
+    table = capsys.readouterr().out
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in table.splitlines()]
+    by_name = {row[0]: row[1:] for row in rows if row and row[0]}
+    assert "┃ 1MiB" in table
+    assert by_name["budget"] == ["-", "400 MiB", "1.00 GiB"]
+    assert by_name["patch"][0] == "-"
+    small, large = (int(cell.replace(",", "")) for cell in by_name["context, voxels"][1:])
+    assert 0 < small <= large
+    assert all(0 < int(share.rstrip("%")) <= 100 for share in by_name["share of the budget"][1:])
+    assert "smallest patch" in by_name["cannot be met"][0]
+    assert looked == ["balls"]
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(typer.Exit) as caught:
+        cli.app(["plan", str(tiny_dataset), "--memory", "1MiB,2MiB"], standalone_mode=False)
+    assert caught.value.exit_code == 3
+
+
+def test_a_plan_in_a_column_names_what_is_kept_otherwise(tiny_plan: Plan) -> None:
+    taken = Alternative(choice="patch", peak_bytes=2**28, seconds=0.25, taken=True)
+    left = Alternative(choice="batch 4", peak_bytes=2**29, seconds=9.0, why="too much")
+    policies = {"encoder.0": "recompute", "encoder.1": "keep", "decoder.0": "recompute"}
+    update = {"policies": policies, "alternatives": (left, taken)}
+    column = describe(tiny_plan.model_copy(update=update))
+    assert column["policies"] == f"{tiny_plan.network.memory}, recompute 2"
+    assert column["seconds a step"] == "0.25"
+    assert column["context, mm"] == "16 x 16 x 16"
+    assert describe(tiny_plan)["seconds a step"] == "-"
+
+
+def test_what_else_was_weighed_is_printed(
+    tiny_plan: Plan, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("effseg.cli.plan_tables.console", Console(width=160))
+    other = Alternative(choice="patch 9 x 9 x 9", peak_bytes=3 * 2**29, why="over [the] budget")
+    print_plan(tiny_plan.model_copy(update={"alternatives": (other,)}))
+    said = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "patch 9 x 9 x 9 1.50 GiB 150% - over [the] budget" in said
+    print_plan(tiny_plan)
+    assert "weighed" not in capsys.readouterr().out
+
+
+def test_size_and_learning_rate_are_passed_on_where_they_are_given(
+    tiny_dataset: Path, tiny_plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, object]] = []
+
+    def planning(dataset: Dataset, *, progress: object = None, **choices: object) -> Plan:
+        asked.append(choices)
+        return tiny_plan
+
+    def training(plan: Plan, dataset: Dataset, **choices: object) -> None:
+        asked.append({"find_lr": choices.get("find_lr")})
+        raise PlanError("far enough")
+
+    monkeypatch.setattr("effseg.planner.plan", planning)
+    monkeypatch.setattr("effseg.training.train", training)
+    arguments = ["train", str(tiny_dataset), "--out", str(tmp_path / "r"), "--memory", "auto"]
+    for more in ([], ["--size", "b3", "--find-lr"]):
+        with pytest.raises(PlanError, match="far enough"):
+            cli.app([*arguments, *more], standalone_mode=False)
+    assert asked == [
+        {"memory": "auto", "device": None},
+        {"find_lr": None},
+        {"memory": "auto", "device": None, "size": "b3"},
+        {"find_lr": True},
+    ]
+
+
+def test_a_plan_for_a_device_that_is_not_here_is_refused_by_its_file(
+    tiny_dataset: Path, tiny_plan: Plan, tmp_path: Path
+) -> None:
+    plan = tiny_plan.model_copy(update={"device": "cuda:99"}).save(tmp_path / "p.json")
+    arguments = ["train", tiny_dataset, "--out", tmp_path / "run", "--plan", plan]
+    with pytest.raises(PlanError, match=r"p.json: device: 'cuda:99' is not in this machine"):
+        cli.app([*map(str, arguments)], standalone_mode=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_misfit_that_was_edited_is_out_of_resources(
+    tiny_dataset: Path, tiny_plan: Plan, tmp_path: Path
+) -> None:
+    memory = tiny_plan.memory.model_copy(update={"budget_bytes": 2**26})
+    plan = tiny_plan.model_copy(update={"memory": memory}).save(tmp_path / "p.json")
+    said = effseg("train", tiny_dataset, "--out", tmp_path / "r", "--plan", plan, expect=3)
+    assert f"error {plan}: patch 16 x 16 x 16 at batch 2 takes" in said
+    assert "its budget is 64 MiB" in said
 
 
 def test_a_data_set_is_looked_at_once_before_training(

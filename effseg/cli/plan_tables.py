@@ -2,16 +2,16 @@
 
 from typing import TYPE_CHECKING
 
-from rich.table import Table
+from rich.table import Column, Table
 
-from effseg.cli.console import console, plain
+from effseg.cli.console import cell, console, plain
 
 if TYPE_CHECKING:
     from effseg.plans import Plan
 
 
 def print_plan(made: "Plan") -> None:
-    """Every choice with its reason."""
+    """Every choice with its reason, and what else was weighed."""
     from effseg.plans import format_shape
 
     table = Table("choice", "value", "because", title=f"plan for {made.dataset}")
@@ -26,4 +26,25 @@ def print_plan(made: "Plan") -> None:
     }
     for choice, why in made.reasons.items():
         table.add_row(choice, values.get(choice, ""), plain(why))
+    console.print(table)
+    if made.alternatives:
+        print_alternatives(made)
+
+
+def print_alternatives(made: "Plan") -> None:
+    """What each step that was weighed would take, and why it was taken or not."""
+    from effseg.plans import format_bytes
+
+    budget = made.memory.budget_bytes
+    numbers = (Column(name, justify="right") for name in ("peak", "of budget", "s a step"))
+    table = Table("choice", *numbers, "why", title="what else was weighed")
+    for other in made.alternatives:
+        table.add_row(
+            plain(other.choice),
+            format_bytes(other.peak_bytes),
+            f"{other.peak_bytes / budget:.0%}",
+            cell(other.seconds),
+            plain(other.why),
+            style="bold" if other.taken else None,
+        )
     console.print(table)

@@ -1,41 +1,122 @@
-"""`effseg plan`."""
+"""`effseg plan`, for one budget or for several side by side."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from effseg.cli.budgets import Compared, print_budgets
 from effseg.cli.console import console
-from effseg.cli.options import DatasetPath, Device
+from effseg.cli.failures import NO_RESOURCES
+from effseg.cli.options import DatasetPath, Device, NetworkSize, Size
 from effseg.cli.plan_tables import print_plan
 from effseg.cli.progress import bar
+from effseg.errors import MemoryBudgetError
 
 if TYPE_CHECKING:
     from effseg.dataset import Dataset
-    from effseg.plans import Plan
+    from effseg.plans import Fingerprint, Plan
+
+PLAN = Path("plan.json")
 
 
 def plan(
     dataset: DatasetPath,
-    memory: Annotated[str, typer.Option("--memory", help="the budget, e.g. 8GiB or 500MB")],
-    out: Annotated[Path, typer.Option("--out", help="where the plan goes")] = Path("plan.json"),
+    memory: Annotated[
+        str,
+        typer.Option(
+            "--memory",
+            help="the budget: 8GiB, 500MB, or auto: what is free. Several, 4GiB,8GiB,24GiB, are "
+            "compared and nothing is written",
+            metavar="SIZE[,SIZE...]",
+        ),
+    ],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="where the plan goes", show_default=str(PLAN))
+    ] = None,
     device: Device = None,
+    size: NetworkSize = None,
 ) -> None:
     """Look at every case once and plan a training that fits the budget."""
-    made = planned(dataset, memory, device)
-    made.save(out)
+    budgets = memory.split(",")
+    if len(budgets) > 1:
+        if out is not None:
+            raise typer.BadParameter(
+                f"--out {out} beside {len(budgets)} budgets, which are compared and not written; "
+                "give one --memory to write a plan"
+            )
+        compare(dataset, budgets, device=device, size=size)
+        return
+    made = planned(dataset, memory, device=device, size=size)
+    path = made.save(out or PLAN)
     print_plan(made)
-    console.print(f"[green]plan[/] {out}", soft_wrap=True)
+    console.print(f"[green]plan[/] {path}", soft_wrap=True)
 
 
-def planned(dataset: "Path | Dataset", memory: str, device: str | None) -> "Plan":
-    """A plan, with a bar while the cases are read."""
-    from effseg.planner import plan as make_plan
+def compare(
+    dataset: Path, budgets: Sequence[str], *, device: str | None, size: Size | None
+) -> None:
+    """Plan for each budget from one look at the data, and print the plans side by side.
 
+    Raises:
+        PlanError: if a budget is no size; before anything is read.
+        Exit: out of resources, if none of the budgets can be met.
+    """
+    from effseg.planner import fingerprint
+    from effseg.plans import parse_bytes
+
+    for budget in budgets:
+        if budget.strip() != "auto":
+            parse_bytes(budget)
     with bar("reading") as advance:
-        return make_plan(
+        facts = fingerprint(
+            _read(dataset), progress=lambda done, total, name: advance(done / total, name)
+        )
+    compared: list[Compared] = []
+    with bar("planning", len(budgets)) as advance:
+        for number, budget in enumerate(budgets):
+            advance(number, budget)
+            try:
+                made: Plan | MemoryBudgetError = _plan(facts, budget, device=device, size=size)
+            except MemoryBudgetError as error:
+                made = error
+            compared.append(Compared(budget, made))
+    print_budgets(facts.dataset, compared)
+    if all(isinstance(one.outcome, MemoryBudgetError) for one in compared):
+        raise typer.Exit(NO_RESOURCES)
+
+
+def planned(
+    dataset: "Path | Dataset", memory: str, *, device: str | None, size: Size | None
+) -> "Plan":
+    """A plan, with a bar while the cases are read."""
+    with bar("reading") as advance:
+        return _plan(
             dataset,
-            memory=memory,
+            memory,
             device=device,
+            size=size,
             progress=lambda done, total, name: advance(done / total, name),
         )
+
+
+def _plan(
+    dataset: "Path | Dataset | Fingerprint",
+    memory: str,
+    *,
+    device: str | None,
+    size: Size | None,
+    **choices: Any,
+) -> "Plan":
+    from effseg.planner import plan as make_plan
+
+    if size is not None:
+        choices["size"] = size.value
+    return make_plan(dataset, memory=memory, device=device, **choices)
+
+
+def _read(dataset: Path) -> "Dataset":
+    from effseg.dataset import read_dataset
+
+    return read_dataset(dataset)

@@ -1,16 +1,20 @@
 """`effseg train`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from effseg.cli.console import console
 from effseg.cli.evaluation import print_scores
-from effseg.cli.options import DatasetPath, Device, Memory
+from effseg.cli.options import DatasetPath, Device, Memory, NetworkSize
 from effseg.cli.plan_tables import print_plan
 from effseg.cli.planning import planned
 from effseg.cli.progress import bar, training_bars
+from effseg.errors import PlanError
+
+if TYPE_CHECKING:
+    from effseg.plans import Plan
 
 
 def train(
@@ -24,24 +28,30 @@ def train(
     device: Device = None,
     devices: Annotated[int, typer.Option("--devices", help="processes that share the work")] = 1,
     seed: Annotated[int | None, typer.Option("--seed", help="of weights and patches")] = None,
+    size: NetworkSize = None,
+    find_lr: Annotated[
+        bool, typer.Option("--find-lr", help="try learning rates first and take the best")
+    ] = False,
 ) -> None:
     """Train as planned, validate the held-out fifth, write the report."""
     from effseg import training
     from effseg.dataset import read_dataset
-    from effseg.plans import Plan
 
     if (plan is None) == (memory is None):
         raise typer.BadParameter("give --plan PLAN or --memory SIZE, one of the two")
+    if plan is not None and size is not None:
+        raise typer.BadParameter("--size is for plans that are made here; a --plan has its own")
     found = read_dataset(dataset)
     if plan is not None:
-        made = Plan.load(plan)
+        made = _loaded(plan, device)
     else:
         assert memory is not None
-        made = planned(found, memory, device)
+        made = planned(found, memory, device=device, size=size)
     print_plan(made)
+    choices: dict[str, Any] = {"find_lr": True} if find_lr else {}
     with training_bars(len(found.cases)) as (preparing, progress):
         run = training.train(
-            made,
+            made if plan is None else plan,  # by its file it is called by its file
             found,
             out=out,
             minutes=minutes,
@@ -52,6 +62,7 @@ def train(
             seed=seed,
             preparing=preparing,
             progress=progress,
+            **choices,
         )
     from effseg.report import write_report
     from effseg.validation import validate
@@ -61,3 +72,17 @@ def train(
     print_scores(scores)
     console.print(f"[green]run[/] {run}", soft_wrap=True)
     console.print(f"[green]report[/] {write_report(run).resolve()}", soft_wrap=True)
+
+
+def _loaded(path: Path, device: str | None) -> "Plan":
+    """A plan from its file, whose device is here unless another one is asked for."""
+    from effseg.devices import is_present
+    from effseg.plans import Plan
+
+    made = Plan.load(path)
+    if device is None and not is_present(made.device):
+        raise PlanError(
+            f"{path}: device: {made.device!r} is not in this machine; name one that is, or give "
+            "--device cpu"
+        )
+    return made
