@@ -13,6 +13,8 @@ from effseg.errors import MemoryBudgetError
 if TYPE_CHECKING:
     from effseg.plans import Plan
 
+UNMET = "cannot be met"
+
 
 @dataclass(frozen=True)
 class Compared:
@@ -27,7 +29,8 @@ def print_budgets(dataset: str, compared: Sequence[Compared]) -> None:
     columns = [describe(one.outcome) for one in compared]
     headings = (Column(one.budget.strip(), overflow="fold") for one in compared)
     table = Table("", *headings, title=f"budgets for {dataset}")
-    for row in dict.fromkeys(name for column in columns for name in column):
+    rows = dict.fromkeys(name for column in columns for name in column)
+    for row in sorted(rows, key=lambda name: name == UNMET):  # the reasons last, others as they are
         table.add_row(row, *(plain(column.get(row, "-")) for column in columns))
     console.print(table)
 
@@ -37,7 +40,7 @@ def describe(outcome: "Plan | MemoryBudgetError") -> dict[str, str]:
     from effseg.plans import format_bytes, format_shape
 
     if isinstance(outcome, MemoryBudgetError):
-        return {"cannot be met": str(outcome)}
+        return {UNMET: str(outcome)}
     memory, network = outcome.memory, outcome.network
     sides = (n * step for n, step in zip(outcome.patch_size, outcome.spacing, strict=True))
     return {
@@ -54,7 +57,7 @@ def describe(outcome: "Plan | MemoryBudgetError") -> dict[str, str]:
         "precision": outcome.precision,
         "policies": _policies(outcome),
         "predicted peak": format_bytes(memory.peak_bytes),
-        "share of the budget": f"{memory.peak_bytes / memory.budget_bytes:.0%}",
+        "of the budget": f"{memory.peak_bytes / memory.budget_bytes:.0%}",
         "seconds a step": _seconds(outcome),
     }
 
