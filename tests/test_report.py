@@ -308,17 +308,23 @@ def test_the_peak_the_budget_and_the_phases_lie_where_they_should() -> None:
     timeline = (
         MemoryEvent("Net.body.a.conv", "forward", 100 * MIB, 300 * MIB, 200 * MIB, 0),
         MemoryEvent("Net.body.a.norm", "forward", 200 * MIB, 250 * MIB, 200 * MIB, 0),
-        MemoryEvent("Net.body.b", "backward", 200 * MIB, 800 * MIB, 100 * MIB, 0),
+        MemoryEvent("DiceLoss", "forward", 200 * MIB, 200 * MIB, 200 * MIB, 0),
+        MemoryEvent("Net.body.b_of_a_long_name", "backward", 200 * MIB, 800 * MIB, 100 * MIB, 0),
         MemoryEvent("", "optimizer", 100 * MIB, 120 * MIB, 100 * MIB, 0),
     )
     report = MemoryReport(800 * MIB, 0, 0, timeline)
     memory = Memory(budget_bytes=1000 * MIB, peak_bytes=900 * MIB, saved_bytes=0)
     chart = draw_step(report, make_plan().model_copy(update={"memory": memory}))
-    assert [name.text for name in chart.names] == ["a", "b", "optimizer"]
+    assert [name.text for name in chart.names] == [
+        "a",
+        "loss",
+        "b_of_a_long_n\N{HORIZONTAL ELLIPSIS}",
+        "optimizer",
+    ]
     assert [phase.text for phase in chart.phases] == ["forward", "backward", "optimizer"]
-    assert chart.peak.text == "800 MiB in b, backward"
-    third = (STEP.right - STEP.left) / 3
-    assert chart.peak.x == pytest.approx(STEP.left + 1.5 * third, abs=0.1)
+    assert chart.peak.text == "800 MiB in b_of_a_long_name, backward"
+    quarter = (STEP.right - STEP.left) / 4
+    assert chart.peak.x == pytest.approx(STEP.left + 2.5 * quarter, abs=0.1)
     places = {level.style: level.at for level in chart.levels}
     assert places["budget"] < places["predicted"] < chart.peak.y
     height = STEP.bottom - STEP.top
@@ -326,7 +332,12 @@ def test_the_peak_the_budget_and_the_phases_lie_where_they_should() -> None:
     assert chart.peak.y == pytest.approx(STEP.bottom - height * 0.8, abs=0.1)
     at = sorted(level.text_at for level in chart.levels)
     assert at[1] - at[0] >= 12  # words of two near lines do not meet
-    assert [entry.name for entry in chart.legend] == ["a", "b", "optimizer"]
+    assert [entry.name for entry in chart.legend] == [
+        "a",
+        "loss",
+        "b_of_a_long_name",
+        "optimizer",
+    ]
 
 
 def test_a_plan_that_cannot_be_traced_leaves_a_line_and_the_rest_of_the_page(run: Path) -> None:

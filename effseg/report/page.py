@@ -188,7 +188,7 @@ def _bars(plan: Plan, memory: RunMemory | None) -> tuple[Bar, ...]:
             "predicted",
             (("saved", saved / longest), ("predicted", (predicted - saved) / longest)),
             predicted,
-            f"all tensors that live at once; {format_bytes(saved)} of them kept from forward to "
+            f"at the peak of a training step; {format_bytes(saved)} of it kept from forward to "
             "backward",
         ),
     ]

@@ -14,6 +14,8 @@ from effseg.report.charts import N_COLOURS, Frame, Tick, step_of
 FRAME = Frame(width=1080, height=344, left=58, right=1068, top=40, bottom=246)
 NARROWEST = 11.0
 """Units along the axis that a module needs for its name to stand below it."""
+LONGEST = 14
+"""Letters of a name below the axis; pointing at the module shows all of it."""
 FAR = 2.0
 """A budget of more than so many times the peak is named, not drawn: the curve would lie flat."""
 ROOM = 17.0
@@ -152,7 +154,7 @@ def draw_step(report: MemoryReport, plan: Plan) -> StepChart:
     return StepChart(
         areas=tuple(_area(run, styles[run.kind], down) for run in runs),
         names=tuple(
-            Tick(round((run.left + run.right) / 2, 1), run.name)
+            Tick(round((run.left + run.right) / 2, 1), _cut(run.name))
             for run in runs
             if run.right - run.left >= NARROWEST
         ),
@@ -204,7 +206,7 @@ def _runs(timeline: Sequence[MemoryEvent]) -> tuple[_Run, ...]:
 def _short_names(paths: Sequence[str]) -> list[str]:
     """The module that each path is in, below the outermost one and below what that alone holds.
 
-    Of a list the entry: `encoder.0`.
+    Of a list the entry, `encoder.0`; a module beside the network is its loss.
     """
     split = [path.split(".") for path in paths]
     root = split[0][0]
@@ -213,7 +215,7 @@ def _short_names(paths: Sequence[str]) -> list[str]:
 
     def short(parts: list[str]) -> str:
         if parts[0] != root:
-            return parts[0]
+            return "loss" if parts[0] else ""
         name, *below = parts[skip : skip + 2] or ["network"]
         return ".".join((name, *(part for part in below if part.isdigit())))
 
@@ -254,6 +256,10 @@ def _apart(levels: Sequence[tuple[str, float, str]]) -> tuple[Level, ...]:
         near = bool(placed) and at - placed[-1].at < ROOM
         placed.append(Level(style=style, at=at, text=text, text_at=at + 13 if near else at - 5))
     return tuple(placed)
+
+
+def _cut(name: str) -> str:
+    return name if len(name) <= LONGEST else f"{name[: LONGEST - 1]}\N{HORIZONTAL ELLIPSIS}"
 
 
 def _axis(highest: float) -> list[float]:
