@@ -47,6 +47,15 @@ def test_help_lists_the_verbs() -> None:
         assert verb in said
 
 
+def test_help_waits_for_no_heavy_library() -> None:
+    code = (
+        "import effseg.cli, sys\n"
+        "heavy = {'torch', 'numpy', 'lightning', 'pydantic'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_the_whole_way(tiny_dataset: Path, tiny_plan: Plan, tmp_path: Path) -> None:
     assert "ready to plan" in effseg("check", tiny_dataset)
     said = effseg("plan", tiny_dataset, "--memory", "1GiB", "--out", tmp_path / "p.json")
