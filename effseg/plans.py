@@ -381,7 +381,7 @@ def parse_bytes(text: str | int) -> int:
     Raises:
         PlanError: for anything else, zero and negative numbers included.
     """
-    hint = 'expected a size such as "8GiB", "500MB" or a number of bytes'
+    hint = 'expected a size such as "8GiB" or "500MB", a number of bytes, or "auto"'
     if isinstance(text, bool) or not isinstance(text, str | int):
         raise PlanError(f"memory {text!r}; {hint}")
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", str(text))

@@ -9,6 +9,7 @@ from typing import Literal
 
 from effseg.devices import DeviceKind
 from effseg.errors import MemoryBudgetError
+from effseg.memory import parse_budget
 from effseg.plans import format_bytes
 from effseg.preprocess import Frame, preparing_bytes
 from effseg.resample import SLAB_PLANES, labelling_bytes
@@ -112,6 +113,24 @@ class Forecast:
             f"image {image[self.reading]}, swept along {'zyx'[self.frame.axis]}, "
             f"{self.window_batch} windows a pass, sums on the {self.sums}"
         )
+
+
+def budget_of(memory: str | int | None, device: str) -> int | None:
+    """The bytes that a prediction may take of the host's memory, and of the device's.
+
+    Args:
+        memory: as a user gives it; None: no limit.
+        device: where the network runs.
+
+    Raises:
+        PlanError: if it is no budget.
+        MemoryBudgetError: if it is "auto" and nothing is free.
+    """
+    if memory is None:
+        return None
+    n_bytes, why = parse_budget(memory, "cpu", *([] if device == "cpu" else [device]))
+    logger.info("a budget of %s: %s", format_bytes(n_bytes), why)
+    return n_bytes
 
 
 def forecasts(demand: Demand) -> Iterator[Forecast]:

@@ -16,10 +16,11 @@ import numpy as np
 from effseg.dataset import Case, read_image
 from effseg.devices import present_device
 from effseg.errors import DataError, MemoryBudgetError, PlanError
+from effseg.inference.budget import budget_of
 from effseg.inference.prediction import forecast, predict
 from effseg.inference.run import Run, load_run
 from effseg.io import read_grid, write_volume
-from effseg.plans import PostprocessConfig, parse_bytes
+from effseg.plans import PostprocessConfig
 from effseg.volume import Volume
 
 CaseProgress = Callable[[float, str], None]
@@ -73,7 +74,8 @@ def predict_cases(
         cases: such as `find_images` gives; their names become the files' names.
         out: the folder for the label maps, made if missing: `NAME.nii.gz`. A file that is there is
             replaced, once the new one is complete.
-        memory: a budget such as "4GiB" for all that is held at once; None: no limit.
+        memory: a budget such as "4GiB" for all that is held at once; "auto": what is free now;
+            None: no limit.
         tta: as `predict` takes it.
         device: as `predict` takes it.
         postprocess: a rule in place of the plan's.
@@ -98,8 +100,8 @@ def predict_cases(
     if not isinstance(run, Run):
         run = load_run(run)
     cases = list(cases)
-    present_device(device or run.device)
-    budget_bytes = None if memory is None else parse_bytes(memory)
+    used = present_device(device or run.device)
+    budget_bytes = budget_of(memory, str(used))
     targets = _targets(cases, Path(out))
     queue = _Queue(
         run,

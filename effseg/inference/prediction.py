@@ -7,14 +7,14 @@ import numpy as np
 
 from effseg.dataset import Case
 from effseg.errors import PlanError
-from effseg.inference.budget import Forecast, forecasts
+from effseg.inference.budget import Forecast, budget_of, forecasts
 from effseg.inference.fingerprints import files_of, fingerprint, voxels_of, weights_of
 from effseg.inference.output import LabelFile, collect_labels
 from effseg.inference.predictor import Progress
 from effseg.inference.region import Region
 from effseg.inference.run import Runs, load_runs
 from effseg.inference.task import Task, demand_of, found_by
-from effseg.plans import PostprocessConfig, parse_bytes
+from effseg.plans import PostprocessConfig
 from effseg.resample import LabelSlab, Maps
 from effseg.sources import ImageArray, ImageFiles
 from effseg.types import Slices3
@@ -57,7 +57,7 @@ def predict(
         out: write the label map there, slab by slab; its suffix names the format. The name appears
             when the map is complete.
         memory: a budget such as "4GiB" for what this call takes of the host's memory, and of the
-            device's; None: no limit.
+            device's; "auto": what is free of both; None: no limit.
         tta: average the logits over the 8 mirrors.
         device: "cpu" or "cuda"; None: the plan's, or the CPU, with a warning, where that is not
             here.
@@ -85,7 +85,8 @@ def predict(
         DataError: if the image cannot be read or has another number of channels, the region lies on
             another grid, or the map cannot be written.
         CheckpointError: if a run cannot be loaded, or several do not belong together.
-        PlanError: if the device asked for is not here, or a label or map cannot be had.
+        PlanError: if the budget is none, the device asked for is not here, or a label or map cannot
+            be had.
     """
     runs = load_runs(run)
     plan = runs[0].plan
@@ -94,7 +95,7 @@ def predict(
     rule = postprocess or plan.inference.postprocess
     task = Task(
         given=_given(image),
-        budget_bytes=None if memory is None else parse_bytes(memory),
+        budget_bytes=budget_of(memory, device or runs[0].device),
         tta=tta,
         device=device,
         skip_constant=skip_constant,

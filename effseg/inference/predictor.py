@@ -16,7 +16,7 @@ from torch import nn
 from effseg.devices import AUTOCAST, Precision, device_kind, present_device
 from effseg.errors import DataError, PlanError
 from effseg.inference.ahead import ahead
-from effseg.inference.budget import Demand, Forecast, Sums, choose, forecasts
+from effseg.inference.budget import Demand, Forecast, Sums, budget_of, choose, forecasts
 from effseg.inference.fingerprints import fingerprint, voxels_of, weights_of
 from effseg.inference.frontier import Frontier
 from effseg.inference.headless import Blend, choose_blend, finest
@@ -30,7 +30,6 @@ from effseg.inference.tracing import (
 )
 from effseg.inference.windows import SweptImage, inside_padded
 from effseg.memory import mapped_blocks
-from effseg.plans import parse_bytes
 from effseg.preprocess import Frame
 from effseg.resample import SLAB_PLANES, LabelSlab, Slab, Slabs, label_slabs
 from effseg.sources import ArraySource, ChunkedArray, ImageArray, ImageFiles, ImageSource
@@ -72,8 +71,8 @@ class Predictor:
         skip_constant: run windows of one constant value, such as clipped air, once for all that
             have the same; the result is the same.
         memory: a budget such as "4GiB" for what `predict` takes of the host's memory, and of the
-            device's; None: no limit. Smaller passes, and sums on the host or the disk, are taken
-            to keep it.
+            device's; "auto": what is free of both now; None: no limit. Smaller passes, and sums on
+            the host or the disk, are taken to keep it.
         scratch: folder of files that sums go to where memory is short; None: where the system has
             its temporary ones.
 
@@ -112,7 +111,7 @@ class Predictor:
         self.window_batch = window_batch
         self.precision = precision
         self.skip_constant = skip_constant
-        self.memory = None if memory is None else parse_bytes(memory)
+        self.memory = budget_of(memory, device)
         self.scratch = Path(tempfile.gettempdir() if scratch is None else scratch)
         self._blend: Blend | None = None
         self._n_classes: int | None = None

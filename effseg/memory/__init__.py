@@ -1,12 +1,14 @@
 """How many bytes a call takes: measured by running it, or traced without allocating anything.
 
 `measure_peak` runs a function, `trace_peak` predicts a training step of any module. Both count
-tensors with the same tracker. `resident_bytes` and its like ask the operating system.
+tensors with the same tracker. `resident_bytes` and its like ask the operating system; so does
+`free_bytes`, which tells what may still be taken.
 `apply_policy` makes a training step of any network take less.
 """
 
 from effseg.memory.choice import choose_policy, outermost_stages
 from effseg.memory.cuda_workspace import CudaCard
+from effseg.memory.free import Free, free_bytes, parse_budget
 from effseg.memory.heap import mapped_blocks
 from effseg.memory.measure import measure_peak
 from effseg.memory.policy import Policy, apply_policy, remove_policy
@@ -17,6 +19,7 @@ from effseg.memory.work import Work
 
 __all__ = [
     "CudaCard",
+    "Free",
     "MemoryEvent",
     "MemoryReport",
     "PeakResident",
@@ -24,9 +27,11 @@ __all__ = [
     "Work",
     "apply_policy",
     "choose_policy",
+    "free_bytes",
     "mapped_blocks",
     "measure_peak",
     "outermost_stages",
+    "parse_budget",
     "peak_resident_bytes",
     "remove_policy",
     "resident_bytes",
