@@ -1,21 +1,32 @@
-"""Cases as training reads them: prepared once, on disk, a patch at a time from then on."""
+"""Cases as training reads them: prepared once, on disk, a patch at a time from then on.
 
+An image is prepared a few planes at a time and never whole in memory. Its label map is, in the
+smallest type, where it comes at another spacing; class indices and components are made of it slab
+by slab.
+"""
+
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
-from effseg.dataset import Case, read_case
-from effseg.errors import DataError
-from effseg.plans import Plan
-from effseg.postprocess import label_components
-from effseg.preprocess import prepare_image, prepare_label
+from effseg.dataset import Case, read_label
+from effseg.errors import DataError, GeometryError
+from effseg.plans import Plan, PostprocessConfig
+from effseg.postprocess import ComponentStream
+from effseg.preprocess import Frame, PreparedSlabs, prepare_label
+from effseg.sources import ImageFiles
+from effseg.training.places import Places, sample_places
 from effseg.types import Array, Shape3
 
-VOXELS_PER_LABEL = 4096
-VOXELS_PER_COMPONENT = 64
-"""Places remembered to centre patches on: enough to draw from, little enough to keep."""
+WHOLE_BYTES = 64 * 2**20
+"""Images up to this size are read whole: one that is normalised by itself is gone through twice,
+and only once inflated."""
+SLAB_VOXELS = 2**20
+"""Of a label map, made into class indices at once."""
 
 
 @dataclass(frozen=True)
@@ -25,84 +36,138 @@ class CachedCase:
     Attributes:
         name: of the case.
         shape: of its image and label, voxels.
-        image: a `.npy` file, float32 (channels, z, y, x), normalised.
+        image: a `.npy` file, float32, normalised, of planes as they came: (planes along `axis`,
+            channels, the other two axes).
+        axis: of (z, y, x), along which planes follow one another in that file.
+        backwards: whether they do from the last to the first.
         label: a `.npy` file, (z, y, x): class indices, and `n_classes` where the label is ignored.
         fill: each channel's minimum: what lies outside.
-        components: for each foreground class that the case holds, voxels (n, 3) of each of its
-            components.
-        voxels: for each such class, a sample of its voxels (n, 3).
+        places: where foreground is.
     """
 
     name: str
     shape: Shape3
     image: Path
+    axis: int
+    backwards: bool
     label: Path
     fill: npt.NDArray[np.float32]
-    components: dict[int, tuple[npt.NDArray[np.int32], ...]]
-    voxels: dict[int, npt.NDArray[np.int32]]
+    places: Places
+
+    def opened(self) -> tuple[npt.NDArray[np.float32], Array]:
+        """Image (channels, z, y, x) and label (z, y, x), read from the disk where they are used.
+
+        The files are mapped anew by each call: a mapping that stays open counts as this process's
+        memory, page by page.
+        """
+        planes: npt.NDArray[np.float32] = np.load(self.image, mmap_mode="r")
+        image = np.moveaxis(planes, 0, 1 + self.axis)
+        if self.backwards:
+            image = np.flip(image, 1 + self.axis)
+        return image, np.load(self.label, mmap_mode="r")
 
 
 def cache_case(case: Case, plan: Plan, folder: Path) -> CachedCase:
     """Read and prepare one case and lay it in a folder.
 
     Raises:
-        DataError: if the label map holds a value that the plan does not name.
+        DataError: if a file cannot be read, or the label map holds a value that the plan does not
+            name.
+        GeometryError: if channels, or image and label, do not lie on one grid.
     """
-    image, label = read_case(case)
-    prepared = prepare_image(image, plan)
-    labels = class_indices(prepare_label(label, plan).array, plan, where=case.name)
-    paths = (folder / f"{case.name}.image.npy", folder / f"{case.name}.label.npy")
-    np.save(paths[0], prepared.image)
-    np.save(paths[1], labels)
-    components, voxels = _places(labels, n_classes=len(plan.labels))
+    files = ImageFiles.judged(case.images, name=case.name)
+    label_path = folder / f"{case.name}.label.npy"
+    label = read_label(case)
+    difference = files.grid.difference(label.grid)
+    if difference is not None:
+        raise GeometryError(
+            f"{case.name}: image and label differ in {difference}; "
+            "bring the label over with resample_like(...)"
+        )
+    prepared = prepare_label(label, plan)
+    del label
+    places = _write_label(label_path, prepared.array, plan, where=case.name)
+    shape = prepared.grid.shape
+    del prepared
+    image_path = folder / f"{case.name}.image.npy"
+    frame = file_frame(files, plan)
+    stored_bytes = files.n_channels * files.grid.n_voxels * files.voxel_bytes
+    image = files.opened(whole=stored_bytes <= WHOLE_BYTES)
+    fill = _write_image(image_path, PreparedSlabs(image, frame, plan))
     return CachedCase(
         name=case.name,
-        shape=prepared.grid.shape,
-        image=paths[0],
-        label=paths[1],
-        fill=prepared.image.min(axis=(1, 2, 3)),
-        components=components,
-        voxels=voxels,
+        shape=shape,
+        image=image_path,
+        axis=frame.axis,
+        backwards=frame.backwards,
+        label=label_path,
+        fill=fill,
+        places=places,
     )
 
 
-def class_indices(labels: Array, plan: Plan, *, where: str) -> Array:
-    """Label values to class indices; ignored voxels become `len(plan.labels)`."""
+def file_frame(files: ImageFiles, plan: Plan) -> Frame:
+    """The frame of an image swept along the first axis of its files, as they are read."""
+    frames = (Frame.of(files.grid, plan, axis=axis) for axis in range(3))
+    return next(frame for frame in frames if frame.native_axis == 0)
+
+
+def _write_image(path: Path, image: PreparedSlabs) -> npt.NDArray[np.float32]:
+    """Lay an image's planes in a file as they come; the smallest value of each channel."""
+    axis = image.frame.axis
+    others = [n for i, n in enumerate(image.shape) if i != axis]
+    fill = np.full(image.n_channels, np.inf, dtype=np.float32)
+    with path.open("wb") as file:
+        _write_header(file, (image.shape[axis], image.n_channels, *others), np.dtype(np.float32))
+        for _, planes in image.slabs(axis):
+            np.minimum(fill, planes.min(axis=(1, 2, 3)), out=fill)
+            file.write(np.ascontiguousarray(np.moveaxis(planes, 1 + axis, 0)).data)
+    return fill
+
+
+def _write_label(path: Path, labels: Array, plan: Plan, *, where: str) -> Places:
+    """Lay a label map's class indices in a file, and find where foreground is."""
+    n_classes = len(plan.labels)
+    with ComponentStream(1.0, PostprocessConfig()) as stream, path.open("wb") as file:
+        _write_header(file, labels.shape, _index_dtype(plan))
+        for slab in class_indices(labels, plan, where=where):
+            file.write(slab.data)
+            stream.add(np.where(slab < n_classes, slab, 0))
+        return sample_places(stream)
+
+
+def class_indices(labels: Array, plan: Plan, *, where: str) -> Iterator[Array]:
+    """Label values to class indices, some planes at a time; ignored voxels: `len(plan.labels)`.
+
+    Raises:
+        DataError: after the last planes, if there are values that the plan does not know.
+    """
     known = {label.value: i for i, label in enumerate(plan.labels)}
     if plan.ignore_label is not None:
         known[plan.ignore_label] = len(plan.labels)
-    values = np.unique(labels)
-    unknown = [int(value) for value in values if int(value) not in known]
+    values = np.array(sorted(known))
+    indices = np.array([known[value] for value in values.tolist()], dtype=_index_dtype(plan))
+    unknown: set[int] = set()
+    thickness = max(1, SLAB_VOXELS // (labels.shape[1] * labels.shape[2]))
+    for start in range(0, len(labels), thickness):
+        slab = labels[start : start + thickness]
+        places = np.minimum(np.searchsorted(values, slab), len(values) - 1)
+        unknown.update(np.unique(slab[values[places] != slab]).tolist())
+        yield indices[places]
     if unknown:
         raise DataError(
-            f"{where}: label values {unknown}; the plan knows {sorted(known)}: "
+            f"{where}: label values {sorted(unknown)}; the plan knows {values.tolist()}: "
             "plan this data set again, or correct the label map"
         )
+
+
+def _index_dtype(plan: Plan) -> "np.dtype[np.generic]":
     # torch knows no uint16
-    out = np.empty(labels.shape, dtype=np.uint8 if len(plan.labels) < 256 else np.int16)
-    for value in values:
-        out[labels == value] = known[int(value)]
-    return out
+    return np.dtype(np.uint8 if len(plan.labels) < 256 else np.int16)
 
 
-def _places(
-    labels: Array, *, n_classes: int
-) -> tuple[dict[int, tuple[npt.NDArray[np.int32], ...]], dict[int, npt.NDArray[np.int32]]]:
-    rng = np.random.default_rng(0)  # which voxels are remembered must not change from run to run
-    foreground = np.where(labels < n_classes, labels, 0)
-    components, table = label_components(foreground, 1.0)
-    by_class: dict[int, list[npt.NDArray[np.int32]]] = {}
-    for i, component in enumerate(table):
-        inside = np.argwhere(components[component.box] == i + 1)
-        inside += [part.start for part in component.box]
-        by_class.setdefault(component.label, []).append(_some(inside, VOXELS_PER_COMPONENT, rng))
-    voxels = {
-        index: _some(np.argwhere(foreground == index), VOXELS_PER_LABEL, rng) for index in by_class
-    }
-    return {index: tuple(found) for index, found in by_class.items()}, voxels
-
-
-def _some(places: Array, n: int, rng: np.random.Generator) -> npt.NDArray[np.int32]:
-    if len(places) > n:
-        places = places[rng.choice(len(places), n, replace=False)]
-    return places.astype(np.int32)
+def _write_header(file: BinaryIO, shape: tuple[int, ...], dtype: "np.dtype[np.generic]") -> None:
+    """Begin a `.npy` file whose voxels follow in order."""
+    described = np.lib.format.dtype_to_descr(dtype)
+    facts = {"descr": described, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, facts)

@@ -98,11 +98,11 @@ def draw_start(
     size = np.asarray(patch_size)
     room = np.asarray(case.shape) - size
     start = rng.integers(np.minimum(room, 0), np.maximum(room, 0) + 1)
-    if case.voxels and rng.random() < config.foreground:
-        index = int(rng.choice(sorted(case.voxels)))
-        places = case.voxels[index]
+    if case.places.voxels and rng.random() < config.foreground:
+        index = int(rng.choice(sorted(case.places.voxels)))
+        places = case.places.voxels[index]
         if rng.random() < config.small_components:
-            component = case.components[index]
+            component = case.places.components[index]
             places = component[int(rng.integers(len(component)))]
         # the voxel lies in the middle half of the patch, not always at its very centre
         offset = size // 4 + rng.integers(0, np.maximum(size // 2, 1))
@@ -116,11 +116,9 @@ def read_patch(
 ) -> tuple[npt.NDArray[np.float32], Array]:
     """Image (channels, z, y, x) and label (z, y, x) of a patch.
 
-    What lies outside the case is each channel's minimum, and background. The files are mapped anew
-    for every patch: a mapping that stays open counts as this process's memory, page by page.
+    What lies outside the case is each channel's minimum, and background.
     """
-    image = np.load(case.image, mmap_mode="r")
-    label = np.load(case.label, mmap_mode="r")
+    image, label = case.opened()
     source, target = [], []
     for first, length, n in zip(start, patch_size, case.shape, strict=True):
         low, high = max(first, 0), min(first + length, n)
