@@ -12,7 +12,7 @@ from effseg.plans import Channel, Label, Normalisation, Plan
 from effseg.postprocess import label_components
 from effseg.preprocess import prepare_image, prepare_label
 from effseg.training import cache
-from effseg.training.cache import cache_case
+from effseg.training.cache import CachedCase, cache_case
 from effseg.training.places import VOXELS_PER_COMPONENT, VOXELS_PER_LABEL
 from effseg.volume import AxisOrder, Grid, Volume
 
@@ -65,6 +65,11 @@ def blocks() -> np.ndarray:
     return labels
 
 
+def whole_of(cached: CachedCase) -> tuple[np.ndarray, np.ndarray]:
+    z, y, x = (slice(0, n) for n in cached.shape)
+    return cached.read((z, y, x))
+
+
 AS_IT_IS = AxisOrder(order=(0, 1, 2), flips=(False, False, False))
 
 
@@ -89,12 +94,16 @@ def test_a_cached_case_is_what_whole_preparation_gives(
     cached = cache_case(case, plan, tmp_path)
     volume, reference = read_case(case)
     expected = prepare_image(volume, plan).image
-    image, label = cached.opened()
+    image, label = whole_of(cached)
     assert image.shape == (2, *cached.shape)
     np.testing.assert_allclose(image, expected, atol=1e-4)
     np.testing.assert_allclose(cached.fill, expected.min(axis=(1, 2, 3)), atol=1e-4)
     values = np.array([0, 3, 7, IGNORE])
     np.testing.assert_array_equal(values[label], prepare_label(reference, plan).array)
+    box = (slice(3, 9), slice(0, 5), slice(4, 7))
+    inner, inner_label = cached.read(box)
+    np.testing.assert_array_equal(inner, image[(slice(None), *box)])
+    np.testing.assert_array_equal(inner_label, label[box])
 
 
 def test_places_lie_on_every_component_of_every_class(
@@ -103,7 +112,7 @@ def test_places_lie_on_every_component_of_every_class(
     monkeypatch.setattr(cache, "SLAB_VOXELS", 300)
     plan = plan_of(tiny_plan, CT, spacing=GRID.spacing)
     cached = cache_case(written(tmp_path, blocks(), AS_IT_IS), plan, tmp_path)
-    _, label = cached.opened()
+    _, label = whole_of(cached)
     numbers, found = label_components(np.where(label < 3, label, 0), 1.0)
     places = cached.places
     assert places.components.keys() == places.voxels.keys() == {1, 2}
@@ -166,3 +175,12 @@ def test_image_and_label_on_two_grids_are_refused(tiny_plan: Plan, tmp_path: Pat
     write_volume(Volume(array=blocks(), grid=elsewhere), case.label)
     with pytest.raises(GeometryError, match="image and label differ in spacing"):
         cache_case(case, plan_of(tiny_plan, CT), tmp_path)
+
+
+def test_a_prepared_case_that_was_cut_is_refused(tiny_plan: Plan, tmp_path: Path) -> None:
+    plan = plan_of(tiny_plan, CT, spacing=GRID.spacing)
+    cached = cache_case(written(tmp_path, blocks(), AS_IT_IS), plan, tmp_path)
+    with cached.image.path.open("r+b") as file:
+        file.truncate(100)
+    with pytest.raises(DataError, match="is cut"):
+        whole_of(cached)

@@ -8,7 +8,6 @@ by slab.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +19,8 @@ from effseg.postprocess import ComponentStream
 from effseg.preprocess import Frame, PreparedSlabs, prepare_label
 from effseg.sources import ImageFiles
 from effseg.training.places import Places, sample_places
-from effseg.types import Array, Shape3
+from effseg.training.planes import PlaneFile
+from effseg.types import Array, Shape3, Slices3
 
 WHOLE_BYTES = 64 * 2**20
 """Images up to this size are read whole: one that is normalised by itself is gone through twice,
@@ -36,35 +36,34 @@ class CachedCase:
     Attributes:
         name: of the case.
         shape: of its image and label, voxels.
-        image: a `.npy` file, float32, normalised, of planes as they came: (planes along `axis`,
-            channels, the other two axes).
+        image: float32, normalised; planes as they came: (planes along `axis`, channels, the other
+            two axes).
         axis: of (z, y, x), along which planes follow one another in that file.
         backwards: whether they do from the last to the first.
-        label: a `.npy` file, (z, y, x): class indices, and `n_classes` where the label is ignored.
+        label: class indices, and `n_classes` where the label is ignored; (z, 1, y, x).
         fill: each channel's minimum: what lies outside.
         places: where foreground is.
     """
 
     name: str
     shape: Shape3
-    image: Path
+    image: PlaneFile
     axis: int
     backwards: bool
-    label: Path
+    label: PlaneFile
     fill: npt.NDArray[np.float32]
     places: Places
 
-    def opened(self) -> tuple[npt.NDArray[np.float32], Array]:
-        """Image (channels, z, y, x) and label (z, y, x), read from the disk where they are used.
-
-        The files are mapped anew by each call: a mapping that stays open counts as this process's
-        memory, page by page.
-        """
-        planes: npt.NDArray[np.float32] = np.load(self.image, mmap_mode="r")
-        image = np.moveaxis(planes, 0, 1 + self.axis)
+    def read(self, box: Slices3) -> tuple[npt.NDArray[np.float32], Array]:
+        """Image (channels, z, y, x) and label (z, y, x) of a box that lies inside the case."""
+        along, n = box[self.axis], self.shape[self.axis]
+        if self.backwards:
+            along = slice(n - along.stop, n - along.start)
+        rows, columns = (part for axis, part in enumerate(box) if axis != self.axis)
+        image = np.moveaxis(self.image.read(along, rows, columns), 0, 1 + self.axis)
         if self.backwards:
             image = np.flip(image, 1 + self.axis)
-        return image, np.load(self.label, mmap_mode="r")
+        return image, self.label.read(*box)[:, 0]
 
 
 def cache_case(case: Case, plan: Plan, folder: Path) -> CachedCase:
@@ -76,7 +75,6 @@ def cache_case(case: Case, plan: Plan, folder: Path) -> CachedCase:
         GeometryError: if channels, or image and label, do not lie on one grid.
     """
     files = ImageFiles.judged(case.images, name=case.name)
-    label_path = folder / f"{case.name}.label.npy"
     label = read_label(case)
     difference = files.grid.difference(label.grid)
     if difference is not None:
@@ -86,21 +84,29 @@ def cache_case(case: Case, plan: Plan, folder: Path) -> CachedCase:
         )
     prepared = prepare_label(label, plan)
     del label
-    places = _write_label(label_path, prepared.array, plan, where=case.name)
     shape = prepared.grid.shape
+    label_file = PlaneFile(
+        folder / f"{case.name}.label", (shape[0], 1, *shape[1:]), _index_dtype(plan)
+    )
+    places = _write_label(label_file.path, prepared.array, plan, where=case.name)
     del prepared
-    image_path = folder / f"{case.name}.image.npy"
     frame = file_frame(files, plan)
     stored_bytes = files.n_channels * files.grid.n_voxels * files.voxel_bytes
     image = files.opened(whole=stored_bytes <= WHOLE_BYTES)
-    fill = _write_image(image_path, PreparedSlabs(image, frame, plan))
+    rows, columns = (n for axis, n in enumerate(shape) if axis != frame.axis)
+    image_file = PlaneFile(
+        folder / f"{case.name}.image",
+        (shape[frame.axis], files.n_channels, rows, columns),
+        np.dtype(np.float32),
+    )
+    fill = _write_image(image_file.path, PreparedSlabs(image, frame, plan))
     return CachedCase(
         name=case.name,
         shape=shape,
-        image=image_path,
+        image=image_file,
         axis=frame.axis,
         backwards=frame.backwards,
-        label=label_path,
+        label=label_file,
         fill=fill,
         places=places,
     )
@@ -115,10 +121,8 @@ def file_frame(files: ImageFiles, plan: Plan) -> Frame:
 def _write_image(path: Path, image: PreparedSlabs) -> npt.NDArray[np.float32]:
     """Lay an image's planes in a file as they come; the smallest value of each channel."""
     axis = image.frame.axis
-    others = [n for i, n in enumerate(image.shape) if i != axis]
     fill = np.full(image.n_channels, np.inf, dtype=np.float32)
     with path.open("wb") as file:
-        _write_header(file, (image.shape[axis], image.n_channels, *others), np.dtype(np.float32))
         for _, planes in image.slabs(axis):
             np.minimum(fill, planes.min(axis=(1, 2, 3)), out=fill)
             file.write(np.ascontiguousarray(np.moveaxis(planes, 1 + axis, 0)).data)
@@ -129,7 +133,6 @@ def _write_label(path: Path, labels: Array, plan: Plan, *, where: str) -> Places
     """Lay a label map's class indices in a file, and find where foreground is."""
     n_classes = len(plan.labels)
     with ComponentStream(1.0, PostprocessConfig()) as stream, path.open("wb") as file:
-        _write_header(file, labels.shape, _index_dtype(plan))
         for slab in class_indices(labels, plan, where=where):
             file.write(slab.data)
             stream.add(np.where(slab < n_classes, slab, 0))
@@ -164,10 +167,3 @@ def class_indices(labels: Array, plan: Plan, *, where: str) -> Iterator[Array]:
 def _index_dtype(plan: Plan) -> "np.dtype[np.generic]":
     # torch knows no uint16
     return np.dtype(np.uint8 if len(plan.labels) < 256 else np.int16)
-
-
-def _write_header(file: BinaryIO, shape: tuple[int, ...], dtype: "np.dtype[np.generic]") -> None:
-    """Begin a `.npy` file whose voxels follow in order."""
-    described = np.lib.format.dtype_to_descr(dtype)
-    facts = {"descr": described, "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_1_0(file, facts)

@@ -118,15 +118,15 @@ def read_patch(
 
     What lies outside the case is each channel's minimum, and background.
     """
-    image, label = case.opened()
     source, target = [], []
     for first, length, n in zip(start, patch_size, case.shape, strict=True):
         low, high = max(first, 0), min(first + length, n)
         source.append(slice(low, high))
         target.append(slice(low - first, high - first))
-    patch = np.empty((image.shape[0], *patch_size), dtype=np.float32)
+    image, label = case.read((source[0], source[1], source[2]))
+    patch = np.empty((len(image), *patch_size), dtype=np.float32)
     patch[:] = case.fill.reshape(-1, 1, 1, 1)
     labels = np.zeros(patch_size, dtype=label.dtype)
-    patch[(slice(None), *target)] = image[(slice(None), *source)]
-    labels[tuple(target)] = label[tuple(source)]
+    patch[(slice(None), *target)] = image
+    labels[tuple(target)] = label
     return patch, labels
