@@ -14,6 +14,8 @@ import numpy.typing as npt
 
 from effseg.dataset import Case, read_label
 from effseg.errors import DataError, GeometryError
+from effseg.io import SlabReader
+from effseg.planner.host import SLAB_VOXELS, WHOLE_BYTES, case_bytes
 from effseg.plans import Plan, PostprocessConfig
 from effseg.postprocess import ComponentStream
 from effseg.preprocess import Frame, PreparedSlabs, prepare_label
@@ -21,12 +23,6 @@ from effseg.sources import ImageFiles
 from effseg.training.places import Places, sample_places
 from effseg.training.planes import PlaneFile
 from effseg.types import Array, Shape3, Slices3
-
-WHOLE_BYTES = 64 * 2**20
-"""Images up to this size are read whole: one that is normalised by itself is gone through twice,
-and only once inflated."""
-SLAB_VOXELS = 2**20
-"""Of a label map, made into class indices at once."""
 
 
 @dataclass(frozen=True)
@@ -86,11 +82,11 @@ def cache_case(case: Case, plan: Plan, folder: Path) -> CachedCase:
     del label
     shape = prepared.grid.shape
     label_file = PlaneFile(
-        folder / f"{case.name}.label", (shape[0], 1, *shape[1:]), _index_dtype(plan)
+        folder / f"{case.name}.label", (shape[0], 1, *shape[1:]), index_dtype(plan)
     )
     places = _write_label(label_file.path, prepared.array, plan, where=case.name)
     del prepared
-    frame = file_frame(files, plan)
+    frame = _file_frame(files, plan)
     stored_bytes = files.n_channels * files.grid.n_voxels * files.voxel_bytes
     image = files.opened(whole=stored_bytes <= WHOLE_BYTES)
     rows, columns = (n for axis, n in enumerate(shape) if axis != frame.axis)
@@ -112,7 +108,24 @@ def cache_case(case: Case, plan: Plan, folder: Path) -> CachedCase:
     )
 
 
-def file_frame(files: ImageFiles, plan: Plan) -> Frame:
+def caching_bytes(case: Case, plan: Plan) -> int:
+    """What `cache_case` takes at most, by the headers of the case's files.
+
+    Raises:
+        DataError: if one cannot be used.
+        GeometryError: if an image's axes are not orthogonal.
+    """
+    files = ImageFiles.judged(case.images, name=case.name)
+    assert case.label is not None
+    return case_bytes(
+        _file_frame(files, plan),
+        plan,
+        image_itemsize=files.voxel_bytes,
+        label_dtype=SlabReader(case.label, channel=0).dtype,
+    )
+
+
+def _file_frame(files: ImageFiles, plan: Plan) -> Frame:
     """The frame of an image swept along the first axis of its files, as they are read."""
     frames = (Frame.of(files.grid, plan, axis=axis) for axis in range(3))
     return next(frame for frame in frames if frame.native_axis == 0)
@@ -149,7 +162,7 @@ def class_indices(labels: Array, plan: Plan, *, where: str) -> Iterator[Array]:
     if plan.ignore_label is not None:
         known[plan.ignore_label] = len(plan.labels)
     values = np.array(sorted(known))
-    indices = np.array([known[value] for value in values.tolist()], dtype=_index_dtype(plan))
+    indices = np.array([known[value] for value in values.tolist()], dtype=index_dtype(plan))
     unknown: set[int] = set()
     thickness = max(1, SLAB_VOXELS // (labels.shape[1] * labels.shape[2]))
     for start in range(0, len(labels), thickness):
@@ -164,6 +177,6 @@ def class_indices(labels: Array, plan: Plan, *, where: str) -> Iterator[Array]:
         )
 
 
-def _index_dtype(plan: Plan) -> "np.dtype[np.generic]":
-    # torch knows no uint16
+def index_dtype(plan: Plan) -> "np.dtype[np.generic]":
+    """Of class indices; torch knows no uint16."""
     return np.dtype(np.uint8 if len(plan.labels) < 256 else np.int16)

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -11,8 +12,10 @@ from torch.utils.data import DataLoader
 from effseg.augment import build_augmentation
 from effseg.dataset import Case
 from effseg.devices import device_kind
-from effseg.plans import Plan
-from effseg.training.cache import CachedCase, cache_case
+from effseg.memory import mapped_blocks
+from effseg.planner.host import batch_bytes, queue_of
+from effseg.plans import Plan, format_bytes
+from effseg.training.cache import CachedCase, cache_case, caching_bytes, index_dtype
 from effseg.training.patches import TrainingPatches, ValidationPatches
 
 logger = logging.getLogger("effseg")
@@ -45,10 +48,12 @@ class PatchData(pl.LightningDataModule):  # type: ignore[misc]  # Lightning ship
         folder.mkdir(parents=True, exist_ok=True)
         n_cases = len(train) + len(validation)
         cached: list[CachedCase] = []
-        for case in (*train, *validation):
-            cached.append(cache_case(case, plan, folder))
-            if progress is not None:
-                progress(len(cached), n_cases)
+        with mapped_blocks():  # what a case took is given back before the next
+            for case in (*train, *validation):
+                self._warn(case)
+                cached.append(cache_case(case, plan, folder))
+                if progress is not None:
+                    progress(len(cached), n_cases)
         self.train_cases = cached[: len(train)]
         self.validation_cases = cached[len(train) :]
         self.augmentation = build_augmentation(
@@ -56,6 +61,20 @@ class PatchData(pl.LightningDataModule):  # type: ignore[misc]  # Lightning ship
             spacing=plan.spacing,
             fill_label=len(plan.labels) if plan.ignore_label is not None else None,
         )
+
+    def _warn(self, case: Case) -> None:
+        """Say where preparing a case breaks the budget, which is of this process on a CPU."""
+        budget = self.plan.memory.budget_bytes
+        if device_kind(self.plan.device) == "cpu" and case.label is not None:
+            n_bytes = caching_bytes(case, self.plan)
+            if n_bytes > budget:
+                logger.warning(
+                    "%s: preparing it takes up to %s, more than the budget of %s; its label map is "
+                    "held whole: store it in 8-bit integers, or prepare a coarser data set",
+                    case.name,
+                    format_bytes(n_bytes),
+                    format_bytes(budget),
+                )
 
     def train_dataloader(self) -> Batches:
         """The patches of the current epoch; Lightning's sampler deals them out to processes."""
@@ -69,10 +88,27 @@ class PatchData(pl.LightningDataModule):  # type: ignore[misc]  # Lightning ship
             epoch=trainer.current_epoch if trainer is not None else 0,
             augmentation=self.augmentation,
         )
+        n_bytes = batch_bytes(
+            self.plan.patch_size,
+            len(self.plan.channels),
+            self.plan.batch_size,
+            label_itemsize=index_dtype(self.plan).itemsize,
+        )
+        queue = queue_of(n_bytes, workers=training.workers, queue_bytes=training.queue_bytes)
+        if queue.workers < training.workers:
+            logger.warning(
+                "%d of %d workers: a batch takes %s, and queue_bytes lets %s wait",
+                queue.workers,
+                training.workers,
+                format_bytes(n_bytes),
+                format_bytes(training.queue_bytes),
+            )
         return DataLoader(
             patches,
             batch_size=self.plan.batch_size,
-            num_workers=training.workers,
+            num_workers=queue.workers,
+            prefetch_factor=queue.ahead or None,
+            worker_init_fn=_GiveBack(),
             pin_memory=device_kind(self.plan.device) == "cuda",
         )
 
@@ -84,3 +120,12 @@ class PatchData(pl.LightningDataModule):  # type: ignore[misc]  # Lightning ship
             n_patches=self.plan.training.validation_patches,
         )
         return DataLoader(patches, batch_size=self.plan.batch_size)
+
+
+class _GiveBack:
+    """Of a worker, for as long as it lives: what a patch took is given back when it is made."""
+
+    def __call__(self, worker: int) -> None:
+        del worker
+        self.entered = ExitStack()
+        self.entered.enter_context(mapped_blocks())
