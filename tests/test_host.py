@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from effseg.dataset import read_dataset
+from effseg.planner import trace_plan
 from effseg.planner.host import (
     MOST_AHEAD,
     WORKER_BYTES,
@@ -21,8 +22,9 @@ from effseg.planner.host import (
     case_bytes,
     loader_bytes,
     queue_of,
+    validation_bytes,
 )
-from effseg.plans import AugmentConfig, Plan
+from effseg.plans import AugmentConfig, Label, Plan
 from effseg.preprocess import Frame
 from effseg.training.data import PatchData
 from effseg.volume import Grid
@@ -84,6 +86,7 @@ import numpy as np
 from effseg.augment import build_augmentation
 from effseg.memory import PeakResident, mapped_blocks
 from effseg.dataset import read_dataset
+from effseg.planner import trace_plan
 from effseg.planner.host import augmenting_bytes
 from effseg.plans import AugmentConfig
 
@@ -123,6 +126,7 @@ from pathlib import Path
 import numpy as np
 from effseg.memory import PeakResident, mapped_blocks
 from effseg.dataset import read_dataset
+from effseg.planner import trace_plan
 from effseg.planner.host import loader_bytes
 from effseg.plans import Plan
 from effseg.training.data import PatchData
@@ -212,6 +216,27 @@ def test_no_more_batches_wait_than_the_queue_has_room_for(
     assert most >= 0.9 * ahead * batch
     assert most <= room * batch + 2**16  # shared memory comes in pages
     assert sum(1 for _ in batches) == 7
+
+
+def test_a_hundred_classes_make_validation_what_counts(tiny_plan: Plan) -> None:
+    """It is scored a patch at a time, so that it stays below a step of two."""
+
+    def of(n_classes: int) -> tuple[int, int]:
+        labels = tuple(Label(value=i, name=str(i)) for i in range(n_classes))
+        network = tiny_plan.network.model_copy(
+            update={"out_channels": n_classes, "memory": "shared"}
+        )
+        update = {"labels": labels, "network": network, "patch_size": (48, 48, 48)}
+        plan = tiny_plan.model_copy(update=update)
+        step = trace_plan(plan)
+        assert step.device_bytes is not None
+        return validation_bytes(plan), step.device_bytes + step.parameter_bytes
+
+    few, few_in_steps = of(3)
+    many, many_in_steps = of(118)
+    assert few < few_in_steps
+    assert many >= 2 * 4 * 118 * 48**3  # the logits, and once more
+    assert many_in_steps - few_in_steps < (many - few) / 4  # no logits there
 
 
 def test_case_bytes_grow_with_what_is_held(tiny_plan: Plan) -> None:

@@ -10,7 +10,11 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
+from effseg.devices import AUTOCAST, device_kind
+from effseg.memory import trace_forward
+from effseg.networks import build_network
 from effseg.plans import AugmentConfig, Plan
 from effseg.preprocess import Frame, preparing_bytes
 from effseg.types import Shape3
@@ -28,6 +32,9 @@ SLAB_VOXELS = 2**20
 """Of a label map, made into class indices and searched for components at once."""
 COMPONENT_BYTES = 48 * 2**20
 """What `ComponentStream` works with."""
+SCORING_BYTES, COUNTING_BYTES = 27, 52
+"""A voxel, of what a validation patch is scored with: image, label and masks beside the logits; and
+where there are few of these, the 64-bit indices of its guesses. Measured at 3 to 118 classes."""
 RESAMPLING_BYTES = 4 * 2**20
 """What `resample_like` works with beside a map and its result."""
 
@@ -137,6 +144,30 @@ def augmenting_bytes(n_channels: int, *, label_itemsize: int, augment: AugmentCo
         before = n_channels if len(own) > 1 else 0
         held = max(held, whole + FLOAT * (before + max(own)))
     return whole + held
+
+
+def validation_bytes(plan: Plan) -> int:
+    """The most that scoring a validation patch takes, with all that rests between steps.
+
+    On the device of the plan, as a step's peak. It counts where there are many classes: of a patch
+    all logits exist at once, and once more in the loss.
+
+    Args:
+        plan: the training's.
+    """
+    kind = device_kind(plan.device)
+    with torch.device("meta"):
+        network = build_network(plan.network)
+    shape = (1, plan.network.in_channels, *plan.patch_size)
+    report = trace_forward(network, shape, autocast=AUTOCAST[plan.precision], device=kind)
+    assert report.device_bytes is not None
+    scoring = math.prod(plan.patch_size) * max(
+        2 * FLOAT * plan.network.out_channels + SCORING_BYTES, COUNTING_BYTES
+    )
+    beside = report.device_bytes - report.peak_bytes
+    weights = report.parameter_bytes
+    # those under way are the averaged ones; beside them the network's own and two of AdamW
+    return 3 * weights + max(report.device_bytes, beside + weights + scoring)
 
 
 def case_bytes(

@@ -113,13 +113,17 @@ class PatchData(pl.LightningDataModule):  # type: ignore[misc]  # Lightning ship
         )
 
     def val_dataloader(self) -> Batches:
-        """The same patches after every epoch."""
+        """The same patches after every epoch, one by one.
+
+        Logits of all classes exist here, as they do not in a step: of a whole batch they would take
+        more than it where there are a hundred classes.
+        """
         patches = ValidationPatches(
             self.validation_cases,
             self.plan.patch_size,
             n_patches=self.plan.training.validation_patches,
         )
-        return DataLoader(patches, batch_size=self.plan.batch_size)
+        return DataLoader(patches, batch_size=1)
 
 
 class _GiveBack:
