@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from effseg.errors import MemoryBudgetError, PlanError
-from effseg.memory import free, free_bytes, parse_budget
+from effseg.memory import free, free_bytes, parse_budget, shared_bytes
 from effseg.memory.free import CARD_MARGIN_BYTES, HOST_MARGIN_BYTES, System
 
 GIB = 2**30
@@ -155,3 +155,10 @@ def test_auto_for_a_card_that_is_not_here_is_refused(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(PlanError, match="0 CUDA devices here"):
         parse_budget("auto", "cuda")
+
+
+def test_shared_memory_has_a_limit_where_it_is_a_file_system(tmp_path: Path) -> None:
+    n_bytes = shared_bytes(tmp_path)
+    assert n_bytes is not None
+    assert n_bytes > 0
+    assert shared_bytes(tmp_path / "none") is None

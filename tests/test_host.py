@@ -26,6 +26,7 @@ from effseg.planner.host import (
 )
 from effseg.plans import AugmentConfig, Label, Plan
 from effseg.preprocess import Frame
+from effseg.training import data
 from effseg.training.data import PatchData
 from effseg.volume import Grid
 
@@ -129,6 +130,7 @@ from effseg.dataset import read_dataset
 from effseg.planner import trace_plan
 from effseg.planner.host import loader_bytes
 from effseg.plans import Plan
+from effseg.training import data
 from effseg.training.data import PatchData
 from effseg.training.cache import CachedCase
 from effseg.training.places import Places
@@ -202,10 +204,10 @@ def test_no_more_batches_wait_than_the_queue_has_room_for(
         update={"workers": workers, "queue_bytes": room * batch, "steps_per_epoch": 8}
     )
     plan = tiny_plan.model_copy(update={"training": training})
-    data = PatchData(plan, read_dataset(tiny_dataset).cases[:1], [], tmp_path)
-    loader = data.train_dataloader()
+    loaders = PatchData(plan, read_dataset(tiny_dataset).cases[:1], [], tmp_path)
+    loader = loaders.train_dataloader()
     assert loader.num_workers == used
-    assert ("queue_bytes lets" in caplog.text) == (used < workers)
+    assert ("may wait" in caplog.text) == (used < workers)
     batches, most = iter(loader), 0
     assert next(batches)[0].shape == (2, 1, 16, 16, 16)
     for _ in range(20):  # a long step: the queue fills up
@@ -216,6 +218,19 @@ def test_no_more_batches_wait_than_the_queue_has_room_for(
     assert most >= 0.9 * ahead * batch
     assert most <= room * batch + 2**16  # shared memory comes in pages
     assert sum(1 for _ in batches) == 7
+
+
+def test_workers_keep_to_the_memory_that_processes_may_share(
+    tmp_path: Path, tiny_plan: Plan, tiny_dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = batch_bytes((16, 16, 16), 1, 2, label_itemsize=1)
+    training = tiny_plan.training.model_copy(update={"workers": 2})
+    plan = tiny_plan.model_copy(update={"training": training})
+    loaders = PatchData(plan, read_dataset(tiny_dataset).cases[:1], [], tmp_path)
+    for free, workers in ((None, 2), (4 * batch, 2), (2 * batch, 1), (batch, 0)):
+        monkeypatch.setattr(data, "shared_bytes", lambda free=free: free)
+        loader = loaders.train_dataloader()
+        assert loader.num_workers == workers
 
 
 def test_a_hundred_classes_make_validation_what_counts(tiny_plan: Plan) -> None:
@@ -275,6 +290,7 @@ from effseg.io import SlabWriter
 from effseg.memory import PeakResident, mapped_blocks
 from effseg.plans import Plan
 from effseg.training.cache import cache_case, caching_bytes
+from effseg.training import data
 from effseg.training.data import PatchData
 from effseg.volume import Grid
 

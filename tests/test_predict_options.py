@@ -8,10 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from effseg.errors import DataError, PlanError
+from effseg.errors import DataError, MemoryBudgetError, PlanError
 from effseg.inference import Run, load_run, predict
 from effseg.inference.region import Region
 from effseg.io import read_volume
+from effseg.memory import Free, free
 from effseg.plans import Label, Plan, PostprocessConfig
 from effseg.preprocess import prepare_image
 from effseg.resample import AffineHead, Maps, Slabs, label_slabs, resample_like
@@ -39,6 +40,21 @@ def volume_of(*shape: int, order: AxisOrder = TURNED) -> Volume:
     grid = Grid(shape=shape, spacing=(1.0, 1.1, 1.3), origin=(4.0, -2.0, 9.0))
     array = np.random.default_rng(0).normal(size=shape).astype(np.float32)
     return Volume(array=array, grid=grid).reordered(order)
+
+
+def test_auto_is_the_memory_that_is_free(
+    tiny_plan: Plan, caplog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, volume = run_of(tiny_plan, 3), volume_of(20, 12, 14)
+    with caplog.at_level(logging.INFO, logger="effseg"):
+        got = predict(run, volume, memory="auto")
+    assert "free of this" in caplog.text
+    np.testing.assert_array_equal(got.array, predict(run, volume).array)
+    monkeypatch.setattr(free, "free_bytes", lambda device: Free(2**20, "little"))
+    with pytest.raises(MemoryBudgetError, match=r"the budget is 1 MiB; --memory \d+MiB would do"):
+        predict(run, volume, memory="auto")
+    with pytest.raises(PlanError, match=r"memory 'lots'.*\"auto\""):
+        predict(run, volume, memory="lots")
 
 
 @pytest.mark.parametrize("n_classes", [3, 40])

@@ -8,7 +8,7 @@ tensors with the same tracker. `resident_bytes` and its like ask the operating s
 
 from effseg.memory.choice import choose_policy, outermost_stages
 from effseg.memory.cuda_workspace import CudaCard
-from effseg.memory.free import Free, free_bytes, parse_budget
+from effseg.memory.free import Free, free_bytes, parse_budget, shared_bytes
 from effseg.memory.heap import mapped_blocks
 from effseg.memory.measure import measure_peak
 from effseg.memory.policy import Policy, apply_policy, remove_policy
@@ -35,6 +35,7 @@ __all__ = [
     "peak_resident_bytes",
     "remove_policy",
     "resident_bytes",
+    "shared_bytes",
     "trace_forward",
     "trace_peak",
 ]

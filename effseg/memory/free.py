@@ -2,6 +2,7 @@
 
 import os
 import resource
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ other processes grow and a system without free pages is slow long before it refu
 CARD_MARGIN, CARD_MARGIN_BYTES = 0.05, 512 * 2**20
 """Left free on a card: predictions are as good, and hardly anything else grows there; but a context
 of CUDA takes some hundred MiB, and whether ours is counted as used already nobody says."""
+SHARED = Path("/dev/shm")  # noqa: S108 - nothing is written there by name
+"""Where Linux keeps the memory that processes share."""
 NO_LIMIT = 2**60
 """A control group's limit beyond this is none: its first version says 2^63 less a page."""
 UNKNOWN_SHARE = 0.5
@@ -92,6 +95,18 @@ def free_bytes(device: str, *, system: System | None = None) -> Free:
         return _less_margin(found, CARD_MARGIN, CARD_MARGIN_BYTES)
     least = min(_limits(system or System()), key=lambda free: free.bytes)
     return _less_margin(least, HOST_MARGIN, HOST_MARGIN_BYTES)
+
+
+def shared_bytes(folder: Path = SHARED) -> int | None:
+    """What is free of the memory that processes share; None where it has no limit of its own.
+
+    A container has 64 MiB of it unless it is asked for more (docker run --shm-size), and a process
+    that writes beyond is killed.
+    """
+    try:
+        return shutil.disk_usage(folder).free
+    except OSError:
+        return None
 
 
 def _less_margin(found: Free, share: float, least: int) -> Free:

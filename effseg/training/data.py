@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader
 from effseg.augment import build_augmentation
 from effseg.dataset import Case
 from effseg.devices import device_kind
-from effseg.memory import mapped_blocks
-from effseg.planner.host import batch_bytes, queue_of
+from effseg.memory import mapped_blocks, shared_bytes
+from effseg.planner.host import Queue, batch_bytes, queue_of
 from effseg.plans import Plan, format_bytes
 from effseg.training.cache import CachedCase, cache_case, caching_bytes, index_dtype
 from effseg.training.patches import TrainingPatches, ValidationPatches
@@ -76,6 +76,32 @@ class PatchData(pl.LightningDataModule):  # type: ignore[misc]  # Lightning ship
                     format_bytes(budget),
                 )
 
+    def _queue(self) -> Queue:
+        """How batches are made ahead: as planned, or less where there is no room for them."""
+        n_bytes = batch_bytes(
+            self.plan.patch_size,
+            len(self.plan.channels),
+            self.plan.batch_size,
+            label_itemsize=index_dtype(self.plan).itemsize,
+        )
+        training, shared = self.plan.training, shared_bytes()
+        room = training.queue_bytes
+        if training.workers > 0 and shared is not None:
+            room = min(room, shared // 2)  # others use it too
+        queue = queue_of(n_bytes, workers=training.workers, queue_bytes=room)
+        if queue.workers < training.workers:
+            logger.warning(
+                "%d of %d workers: a batch takes %s, and %s of them may wait (queue_bytes %s, "
+                "half of what is free of shared memory %s)",
+                queue.workers,
+                training.workers,
+                format_bytes(n_bytes),
+                format_bytes(room),
+                format_bytes(training.queue_bytes),
+                "no limit" if shared is None else format_bytes(shared // 2),
+            )
+        return queue
+
     def train_dataloader(self) -> Batches:
         """The patches of the current epoch; Lightning's sampler deals them out to processes."""
         trainer, training = self.trainer, self.plan.training
@@ -88,21 +114,7 @@ class PatchData(pl.LightningDataModule):  # type: ignore[misc]  # Lightning ship
             epoch=trainer.current_epoch if trainer is not None else 0,
             augmentation=self.augmentation,
         )
-        n_bytes = batch_bytes(
-            self.plan.patch_size,
-            len(self.plan.channels),
-            self.plan.batch_size,
-            label_itemsize=index_dtype(self.plan).itemsize,
-        )
-        queue = queue_of(n_bytes, workers=training.workers, queue_bytes=training.queue_bytes)
-        if queue.workers < training.workers:
-            logger.warning(
-                "%d of %d workers: a batch takes %s, and queue_bytes lets %s wait",
-                queue.workers,
-                training.workers,
-                format_bytes(n_bytes),
-                format_bytes(training.queue_bytes),
-            )
+        queue = self._queue()
         return DataLoader(
             patches,
             batch_size=self.plan.batch_size,
