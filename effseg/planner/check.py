@@ -4,10 +4,9 @@ import logging
 import math
 from pathlib import Path
 
-from effseg.devices import DeviceKind, device_kind
 from effseg.errors import MemoryBudgetError, PlanError
 from effseg.memory import MemoryReport
-from effseg.planner.search import HOST_RESERVE_BYTES, HOST_SLACK
+from effseg.planner.host import planned_loader_bytes, training_peak
 from effseg.planner.step import trace_plan
 from effseg.plans import Plan, format_bytes, format_shape
 
@@ -41,7 +40,9 @@ def check_plan(plan: Plan, *, source: str | Path = "plan") -> Plan:
         report = retrace_plan(plan)
     except PlanError as error:
         raise PlanError(f"{source}: {error}") from error
-    peak = predicted_peak(report, device_kind(plan.device))
+    loader = planned_loader_bytes(plan)
+    planned = planned.model_copy(update={"loader_bytes": loader})
+    peak = training_peak(plan.model_copy(update={"memory": planned}), report)
     if peak > planned.budget_bytes:
         raise _misfit(plan, source, format_bytes(peak))
     if abs(peak - planned.peak_bytes) > NOTABLE * peak:
@@ -54,7 +55,7 @@ def check_plan(plan: Plan, *, source: str | Path = "plan") -> Plan:
         )
     update = {"peak_bytes": peak, "saved_bytes": report.saved_bytes}
     memory = planned.model_copy(update=update)
-    return plan if memory == planned else plan.model_copy(update={"memory": memory})
+    return plan if memory == plan.memory else plan.model_copy(update={"memory": memory})
 
 
 def retrace_plan(plan: Plan) -> MemoryReport:
@@ -71,22 +72,6 @@ def retrace_plan(plan: Plan) -> MemoryReport:
             f"{_described(plan)} makes no training step ({said}); plan again, or undo what was "
             "edited in network or patch_size"
         ) from error
-
-
-def predicted_peak(report: MemoryReport, device: DeviceKind) -> int:
-    """What a training takes of the budget: a traced step, and what is in no trace.
-
-    The averaged weights stand beside the network's own; on a CPU freed memory stays on the heap.
-
-    Args:
-        report: of the traced step.
-        device: it was traced for.
-    """
-    if device == "cuda":
-        assert report.device_bytes is not None
-        return report.device_bytes + report.parameter_bytes
-    tensors = report.peak_bytes + report.parameter_bytes
-    return round(tensors * HOST_SLACK) + HOST_RESERVE_BYTES
 
 
 def _least_bytes(plan: Plan) -> int:

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 
 from effseg.devices import AUTOCAST, device_kind
-from effseg.memory import trace_forward
+from effseg.memory import MemoryReport, trace_forward
 from effseg.networks import build_network
+from effseg.planner.step import TRAINER_BYTES, beside_training, predicted_peak
 from effseg.plans import AugmentConfig, Plan
 from effseg.preprocess import Frame, preparing_bytes
 from effseg.types import Shape3
@@ -144,6 +145,43 @@ def augmenting_bytes(n_channels: int, *, label_itemsize: int, augment: AugmentCo
         before = n_channels if len(own) > 1 else 0
         held = max(held, whole + FLOAT * (before + max(own)))
     return whole + held
+
+
+def training_peak(plan: Plan, report: MemoryReport) -> int:
+    """The most that a training as planned takes of its device, or of a CPU's resident memory.
+
+    Steps take most, as a rule. Without workers patches are made between them, when activations are
+    gone; workers on a CPU go on meanwhile. With many classes scoring a patch may take more.
+
+    Args:
+        plan: the training's.
+        report: of its step, traced.
+    """
+    kind = device_kind(plan.device)
+    step = predicted_peak(
+        report, device=kind, heap=plan.memory.heap, beside_bytes=beside_training(report, kind)
+    )
+    scoring = validation_bytes(plan)
+    if kind == "cuda":
+        return max(step, scoring)
+    loader = plan.memory.loader_bytes
+    if plan.training.workers > 0:
+        return max(step, scoring) + loader
+    between = 4 * report.parameter_bytes + TRAINER_BYTES + loader
+    return max(step, scoring, between)
+
+
+def planned_loader_bytes(plan: Plan) -> int:
+    """What a plan's loader takes of the host."""
+    return loader_bytes(
+        plan.patch_size,
+        len(plan.channels),
+        plan.batch_size,
+        workers=plan.training.workers,
+        queue_bytes=plan.training.queue_bytes,
+        label_itemsize=1 if len(plan.labels) < 256 else 2,
+        augment=plan.training.augment,
+    )
 
 
 def validation_bytes(plan: Plan) -> int:

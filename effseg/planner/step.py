@@ -25,6 +25,9 @@ HOST_WORST = 2.2
 HOST_RESERVE_BYTES = 144 * 2**20
 """Of a CPU's budget with the system's heap, for what is no tensor."""
 
+TRAINER_BYTES = 32 * 2**20
+"""What the training's loop holds on a CPU beside tensors: curves, logs, the library's own."""
+
 
 @dataclass(frozen=True)
 class Step:
@@ -145,6 +148,11 @@ def trace_plan(plan: Plan) -> MemoryReport:
     network = subject.network(plan.patch_size, plan.network.memory)
     apply_policy(network, plan.policies)
     return subject.trace(network, plan.patch_size, plan.batch_size)
+
+
+def beside_training(report: MemoryReport, device: DeviceKind) -> int:
+    """What stands beside a step all the time: the averaged weights; on a CPU the loop itself."""
+    return report.parameter_bytes + (TRAINER_BYTES if device == "cpu" else 0)
 
 
 def predicted_peak(

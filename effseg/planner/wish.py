@@ -1,0 +1,115 @@
+"""What is asked of the search, and how large the network may be."""
+
+import math
+from bisect import bisect_left
+from dataclasses import dataclass, replace
+
+from effseg.devices import DeviceKind, Precision
+from effseg.networks import MemoryMode
+from effseg.planner.geometry import Stages, shrinking_patches
+from effseg.planner.rates import Rates, nominal_rates
+from effseg.planner.scaling import SIZES, Scale, scale_of
+from effseg.planner.search import Answer, Pace, Search
+from effseg.planner.step import Flagship, beside_training
+from effseg.plans import Fingerprint, LossConfig, NetworkConfig
+from effseg.types import Shape3, Spacing
+
+CPU_STEP_SECONDS = 0.8
+"""A step on a CPU takes no longer, by nominal rates: larger ones would fit most budgets, and leave
+a training of minutes with a handful of them."""
+QUICK_SECONDS = {"cpu": CPU_STEP_SECONDS, "cuda": 0.15}
+"""Of a step for which a larger network is taken unasked."""
+STEM_CHANNELS = 16
+GROWTH_RATE = 16
+BOTTLENECK = 2
+ENCODER_LAYERS = (1, 2, 4, 4, 4, 4)
+DECODER_LAYERS = (1, 2, 2, 2, 2)
+"""Few layers at full resolution, where each costs most: context comes from the coarse stages."""
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What is asked of the search, whatever the size of the network."""
+
+    facts: Fingerprint
+    spacing: Spacing
+    median: Shape3
+    loss: LossConfig
+    precision: Precision
+    device: DeviceKind
+    budget_bytes: int
+    rates: Rates
+
+    @property
+    def pace(self) -> Pace:
+        """What a step may take."""
+        return Pace(rates=nominal_rates(self.device), seconds=QUICK_SECONDS[self.device])
+
+    def search(self, scale: Scale) -> Search:
+        """For the best step of a network of this size."""
+        patches = dict(shrinking_patches(self.median, self.spacing))
+        largest = next(iter(patches))
+        wanted = min(scale.side**3, math.prod(largest))
+        return Search(
+            subject=Flagship(
+                build_config=lambda patch, mode: self.config(patch, mode, scale),
+                loss=self.loss,
+                ignored=self.facts.ignore_label is not None,
+                precision=self.precision,
+                device=self.device,
+            ),
+            patches=[patch for patch in patches if math.prod(patch) >= wanted],
+            budget_bytes=self.budget_bytes,
+            device=self.device,
+            rates=self.rates,
+            beside_bytes=lambda report, *_: beside_training(report, self.device),
+            longest=self.pace if self.device == "cpu" else None,
+        )
+
+    def config(self, patch: Shape3, mode: MemoryMode, scale: Scale) -> NetworkConfig:
+        """Of the flagship for patches of this size."""
+        stages = dict(shrinking_patches(self.median, self.spacing))[patch]
+        return network_config(self.facts, stages, mode, scale)
+
+
+def sized(wish: Wish) -> tuple[Scale, Answer]:
+    """The largest network that fits and is quick where the smallest one leaves room.
+
+    Context comes first: a larger network is looked at once a patch shows the whole median case with
+    nothing computed twice, and taken where neither patch nor batch shrink for it.
+    """
+    scale = scale_of(SIZES[0])
+    answer = wish.search(scale).run()
+    step = answer.step
+    if answer.too_large is not None or step.policies or step.mode != "plain":
+        return scale, answer
+
+    def is_too_large(size: str) -> bool:
+        larger = wish.search(scale_of(size)).step(step.patch, step.batch, step.mode, {})
+        return larger.peak_bytes > wish.budget_bytes or wish.pace.share(larger) > 1
+
+    first = bisect_left(SIZES, True, lo=1, key=is_too_large)  # each is larger than the one before
+    if first > 1:
+        scale = scale_of(SIZES[first - 1])
+        answer = replace(wish.search(scale), patches=[step.patch]).run()
+    return scale, answer
+
+
+def network_config(
+    facts: Fingerprint, stages: Stages, memory: MemoryMode, scale: Scale | None = None
+) -> NetworkConfig:
+    """The flagship for these stages; of size b0 where no scale is given."""
+    n = len(stages.strides)
+    scale = scale or scale_of(SIZES[0])
+    return NetworkConfig(
+        in_channels=len(facts.channels),
+        out_channels=1 + len(facts.labels),
+        stem_channels=scale.channels(STEM_CHANNELS),
+        growth_rate=scale.channels(GROWTH_RATE),
+        bottleneck=BOTTLENECK,
+        encoder_layers=scale.layers(ENCODER_LAYERS[:n]),
+        decoder_layers=scale.layers(DECODER_LAYERS[: n - 1]),
+        strides=stages.strides,
+        kernels=stages.kernels,
+        memory=memory,
+    )
