@@ -20,6 +20,7 @@ class Suite(StrEnum):
     memory = "memory"
     head_loss = "head_loss"
     inference = "inference"
+    tuning = "tuning"
 
 
 def benchmark(
