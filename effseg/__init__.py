@@ -25,6 +25,7 @@ _HOME = {
     "Volume": "volume",
     "audit": "dataset",
     "evaluate": "evaluation",
+    "find_learning_rate": "training",
     "fingerprint": "planner",
     "plan": "planner",
     "predict": "inference",
@@ -56,6 +57,7 @@ __all__ = [
     "__version__",
     "audit",
     "evaluate",
+    "find_learning_rate",
     "fingerprint",
     "plan",
     "predict",
@@ -87,7 +89,7 @@ if TYPE_CHECKING:
     from effseg.plans import Plan
     from effseg.report import write_report
     from effseg.resample import resample_like, resample_to_spacing
-    from effseg.training import TrainingState, train
+    from effseg.training import TrainingState, find_learning_rate, train
     from effseg.validation import validate
     from effseg.volume import Grid, Volume
 

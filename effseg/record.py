@@ -12,6 +12,8 @@ from effseg.files import load_model, write_text_whole
 PLAN = "plan.json"
 RECORD = "run.json"
 METRICS = "metrics.csv"
+RATES = "learning_rates.csv"
+"""Of the learning-rate range test, where there was one."""
 WEIGHTS = "model.safetensors"
 CHECKPOINTS = "checkpoints"
 REPORT = "report.html"
@@ -34,6 +36,16 @@ class RunMemory(Facts):
     predicted_peak_bytes: int = Field(ge=0)
     measured_peak_bytes: int | None = Field(None, ge=0)
     measured: str = Field("", description="what was measured, in words")
+
+
+class RunEvent(Facts):
+    """A step that ran out of memory, and how the run went on."""
+
+    epoch: int = Field(ge=0, description="from 0")
+    step: int = Field(ge=0, description="from 0")
+    when: datetime
+    asked: str = Field(description="what was refused, as the system says it")
+    changed: str = Field(description="from that step on, in words")
 
 
 class RunRecord(Facts):
@@ -62,6 +74,7 @@ class RunRecord(Facts):
     n_parameters: int | None = None
     seed: int | None = None
     memory: RunMemory | None = None
+    events: tuple[RunEvent, ...] = ()
     notes: tuple[str, ...] = ()
 
     def save(self, path: str | Path) -> Path:

@@ -1,14 +1,12 @@
 """Losses: pure modules of logits, made or deferred, and labels."""
 
-from torch import nn
-
 from effseg.losses.deep_supervision import DeepSupervisionLoss
 from effseg.losses.dice_ce import DiceCELoss, check_classes
 from effseg.losses.sums import class_sums, voxel_chunks
 from effseg.plans import LossConfig
 
 
-def build_loss(config: LossConfig, *, ignore_label: int | None, n_classes: int) -> nn.Module:
+def build_loss(config: LossConfig, *, ignore_label: int | None, n_classes: int) -> DiceCELoss:
     """The loss of a plan, for one output of (N, n_classes, *S) and labels of (N, *S).
 
     Wrap it in `DeepSupervisionLoss` for a network that gives several.

@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 
-from jaxtyping import Float
+import torch
+from jaxtyping import Float, Float64
 from torch import Tensor, nn
 
-from effseg.errors import GeometryError
+from effseg.errors import GeometryError, PlanError
 from effseg.kernels import DeferredLogits
+from effseg.losses.dice_ce import DiceCELoss
 from effseg.losses.sums import Labels
 from effseg.types import Logits
 
@@ -41,13 +43,32 @@ class DeepSupervisionLoss(nn.Module):
         """
         if len(outputs) == 0:
             raise GeometryError("no outputs to supervise; expected logits, finest first")
-        weights = [0.5**i for i in range(len(outputs))]
-        first, *rest = (
-            weight / sum(weights) * self.loss(logits, _strided(labels, logits))
-            for weight, logits in zip(weights, outputs, strict=True)
-        )
-        total: Tensor = sum(rest, start=first)
-        return total
+        return _weighted([self.loss(logits, _strided(labels, logits)) for logits in outputs])
+
+    def terms(
+        self, outputs: Sequence[Logits | DeferredLogits], labels: Labels
+    ) -> Float64[Tensor, "batch outputs terms"]:
+        """All that the loss reads of each sample; see `DiceCELoss.terms`."""
+        rows = [self._summed.terms(logits, _strided(labels, logits)) for logits in outputs]
+        return torch.stack(rows, dim=1)
+
+    def of_terms(self, terms: Float64[Tensor, "batch outputs terms"]) -> Float64[Tensor, ""]:
+        """The loss of a batch from the `terms` of all its samples, a scalar."""
+        return _weighted([self._summed.of_terms(rows) for rows in terms.unbind(1)])
+
+    @property
+    def _summed(self) -> DiceCELoss:
+        if not isinstance(self.loss, DiceCELoss):
+            raise PlanError(
+                f"{type(self.loss).__name__} is no loss of sums over samples; expected DiceCELoss"
+            )
+        return self.loss
+
+
+def _weighted(losses: Sequence[Tensor]) -> Tensor:
+    weights = [0.5**i for i in range(len(losses))]
+    first, *rest = (w / sum(weights) * loss for w, loss in zip(weights, losses, strict=True))
+    return sum(rest, start=first)
 
 
 def _strided(labels: Tensor, logits: Tensor | DeferredLogits) -> Tensor:

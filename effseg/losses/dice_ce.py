@@ -4,11 +4,12 @@ import math
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float64
 from torch import Tensor, nn
 
 from effseg.errors import DataError, GeometryError, PlanError
 from effseg.kernels import DeferredLogits
+from effseg.kernels.class_sums import N_SUMS
 from effseg.losses.sums import Labels, class_sums
 from effseg.types import Logits
 
@@ -101,33 +102,50 @@ class DiceCELoss(nn.Module):
             PlanError: for a single channel, an ignore label that is also a class, or another number
                 of class weights than classes.
         """
+        loss = self.of_terms(self.terms(logits, labels))
+        return loss if logits.dtype == torch.float64 else loss.float()
+
+    def terms(
+        self, logits: Logits | DeferredLogits, labels: Labels
+    ) -> Float64[Tensor, "batch terms"]:
+        """All that the loss reads of each sample, one row a sample.
+
+        The rows of a batch are those of its samples, so that samples may come one after the other.
+
+        Raises:
+            GeometryError, DataError, PlanError: as `forward` says.
+        """
         check_batch(logits, labels, ignore_label=self.ignore_label)
         n_classes = logits.shape[1]
-        weights = self.weights
-        if weights is not None and len(weights) != n_classes:
+        if self.weights is not None and len(self.weights) != n_classes:
             raise PlanError(
-                f"{len(weights)} class weights for {n_classes} classes; expected as many"
+                f"{len(self.weights)} class weights for {n_classes} classes; expected as many"
             )
         sums = class_sums(
             logits, labels, ignore_label=self.ignore_label, focal_gamma=self.focal_gamma
         )
+        n_expected = torch.full_like(sums[:, 0, :1], labels[0].numel())
+        if self.ignore_label is not None:
+            n_expected -= (labels == self.ignore_label).flatten(1).sum(1, keepdim=True)
+        return torch.cat((sums.flatten(1), n_expected), dim=1)
+
+    def of_terms(self, terms: Float64[Tensor, "batch terms"]) -> Float64[Tensor, ""]:
+        """The loss of a batch from the `terms` of all its samples, a scalar."""
+        n_expected = terms[:, -1].sum()
+        sums = terms[:, :-1].unflatten(1, (N_SUMS, -1))
         if self.dice_over_batch:
             sums = sums.sum(0, keepdim=True)
         intersection, predicted, reference, _, focal = sums.unbind(1)
         smooth = self.dice_smooth
         missed = 1 - (2 * intersection + smooth) / (predicted + reference + smooth)
         n_known = n_weighed = reference.sum()
-        if weights is not None:
-            missed, focal = missed * weights, focal * weights
-            n_weighed = (reference * weights).sum()
+        if self.weights is not None:
+            missed, focal = missed * self.weights, focal * self.weights
+            n_weighed = (reference * self.weights).sum()
         loss = self.dice_weight * missed[:, 0 if self.dice_background else 1 :].mean()
         mean_of = torch.where(n_weighed > 0, n_weighed, 1)
         loss = loss - self.cross_entropy_weight * focal.sum() / mean_of
-        n_expected: int | Tensor = labels.numel()
-        if self.ignore_label is not None:
-            n_expected = n_expected - (labels == self.ignore_label).sum()
-        loss = torch.where(n_known == n_expected, loss, math.nan)
-        return loss if logits.dtype == torch.float64 else loss.float()
+        return torch.where(n_known == n_expected, loss, math.nan)
 
     def extra_repr(self) -> str:
         """The arguments, for print(module)."""

@@ -7,11 +7,11 @@ tensors with the same tracker. `resident_bytes` and its like ask the operating s
 """
 
 from effseg.memory.choice import choose_policy, outermost_stages
-from effseg.memory.cuda_workspace import CudaCard
+from effseg.memory.cuda_workspace import CudaCard, bytes_beyond_allocator
 from effseg.memory.free import Free, free_bytes, parse_budget, shared_bytes
-from effseg.memory.heap import mapped_blocks
+from effseg.memory.heap import give_back_memory, mapped_blocks
 from effseg.memory.measure import measure_peak
-from effseg.memory.policy import Policy, apply_policy, remove_policy
+from effseg.memory.policy import Policy, apply_policy, remove_policy, stage_policies
 from effseg.memory.report import MemoryEvent, MemoryReport
 from effseg.memory.resident import PeakResident, peak_resident_bytes, resident_bytes
 from effseg.memory.trace import trace_forward, trace_peak
@@ -26,8 +26,10 @@ __all__ = [
     "Policy",
     "Work",
     "apply_policy",
+    "bytes_beyond_allocator",
     "choose_policy",
     "free_bytes",
+    "give_back_memory",
     "mapped_blocks",
     "measure_peak",
     "outermost_stages",
@@ -36,6 +38,7 @@ __all__ = [
     "remove_policy",
     "resident_bytes",
     "shared_bytes",
+    "stage_policies",
     "trace_forward",
     "trace_peak",
 ]

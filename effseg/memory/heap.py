@@ -8,10 +8,13 @@ clears each page anew (mallopt(3), M_MMAP_THRESHOLD).
 """
 
 import ctypes
+import gc
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+
+import torch
 
 MAPPED_BYTES = 128 * 1024
 """From this size on a block is mapped. glibc's own, until it has seen a larger one freed."""
@@ -44,6 +47,19 @@ def mapped_blocks() -> Iterator[bool]:
         yield True
     finally:
         _count(libc, -1)
+
+
+def give_back_memory() -> None:
+    """Give back what nothing uses any more: unreachable cycles, and what allocators keep of it.
+
+    CUDA's caching allocator returns its free blocks to the card, glibc those on its heap.
+    """
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+    libc = _glibc()
+    if libc is not None:
+        libc.malloc_trim(0)
 
 
 def _count(libc: ctypes.CDLL, more: int) -> None:

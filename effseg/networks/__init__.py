@@ -1,6 +1,6 @@
 """Networks of memory-efficient dense blocks."""
 
-from effseg.networks.dense_block import DenseBlock
+from effseg.networks.dense_block import DenseBlock, one_of_batch
 from effseg.networks.dense_unet import DenseUNet, build_network
 from effseg.networks.head import defer_logits
 from effseg.networks.pointwise import MemoryMode, NormActConv
@@ -12,4 +12,5 @@ __all__ = [
     "NormActConv",
     "build_network",
     "defer_logits",
+    "one_of_batch",
 ]

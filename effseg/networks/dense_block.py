@@ -5,7 +5,8 @@ of their cheap parts: Pleiss et al., "Memory-efficient implementation of DenseNe
 "shared" does: `shared_dense`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, overload
 
 import torch
@@ -65,6 +66,7 @@ class DenseLayer(nn.Module):
         )
         self.slope = SLOPES[act]
         self.dropout = dropout
+        self.part: tuple[int, int] | None = None  # see one_of_batch
         self.register_load_state_dict_pre_hook(_read_monai_names)  # type: ignore[no-untyped-call]
 
     def plain_forward(self, *segments: Tensor) -> Tensor:
@@ -79,9 +81,11 @@ class DenseLayer(nn.Module):
         if not self.training or self.dropout == 0:
             return None
         keep = 1 - self.dropout
-        shape = (like.shape[0], self.conv2.out_channels)
+        n_samples = like.shape[0] if self.part is None else self.part[1]
+        shape = (n_samples, self.conv2.out_channels)
         mask = torch.empty(shape, device=like.device, dtype=torch.float32).bernoulli_(keep)
-        return mask.div_(keep).to(dtype)
+        mask = mask.div_(keep).to(dtype)
+        return mask if self.part is None else mask[self.part[0], None]
 
     def tensors(self) -> LayerTensors:
         """The parameters as the block's function takes them."""
@@ -100,6 +104,28 @@ def _read_monai_names(_: nn.Module, state: dict[str, Any], prefix: str, *__: Any
     deeper = f"{prefix}layers."
     for name in [name for name in state if name.startswith(deeper)]:
         state[prefix + name.removeprefix(deeper)] = state.pop(name)
+
+
+@contextmanager
+def one_of_batch(network: nn.Module, index: int, n_samples: int) -> Iterator[None]:
+    """Within, a network is given one sample of a batch, and drops of it what the batch would.
+
+    Dropout draws for all samples at once, and keeps what falls to this one. From the same random
+    state each sample so loses the channels that it would lose beside the others.
+
+    Args:
+        network: holds dense layers.
+        index: of the sample, from 0.
+        n_samples: of the batch.
+    """
+    layers = [part for part in network.modules() if isinstance(part, DenseLayer)]
+    for layer in layers:
+        layer.part = (index, n_samples)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.part = None
 
 
 class DenseBlock(nn.Module):

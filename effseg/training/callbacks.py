@@ -1,8 +1,10 @@
 """What happens beside the steps: the log, the best weights, the record, the progress."""
 
 import csv
+import logging
 import platform
 from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -15,10 +17,12 @@ from safetensors.torch import save_file
 
 import effseg
 from effseg.files import written_whole
-from effseg.memory import PeakResident
-from effseg.plans import Plan
+from effseg.memory import PeakResident, bytes_beyond_allocator, mapped_blocks, resident_bytes
+from effseg.plans import Plan, format_bytes
 from effseg.record import RunMemory, RunRecord
 from effseg.training.module import SegmentationModule
+
+logger = logging.getLogger("effseg")
 
 StoppedBy = Literal["minutes", "epochs", "patience", "interrupt", "error", "running"]
 
@@ -78,21 +82,63 @@ class ProgressReport(pl.Callback):  # type: ignore[misc]  # Lightning ships no t
 
 
 class MemoryWatch(pl.Callback):  # type: ignore[misc]
-    """Knows the most memory that training took: the device's, or this process's on a CPU."""
+    """Knows the most memory that training took, counted as the plan's prediction counts it.
+
+    On a CPU: resident memory since the first step, above what it was at `start`. On CUDA: what the
+    allocator reserved and what the card holds beyond it, the context. Other processes on the card
+    would count as context, so the least that was seen counts.
+    """
 
     def __init__(self) -> None:
-        self.resident: PeakResident | None = None  # started in the process that trains
+        self.baseline_bytes: int | None = None
+        self.resident: PeakResident | None = None
+        self.context_bytes: int | None = None
+        self.has_warned = False
+        self._heap = ExitStack()
+
+    def start(self) -> None:
+        """Take the baseline: before the network is built, in the process that trains."""
+        self.baseline_bytes = resident_bytes()
 
     def setup(self, trainer: pl.Trainer, pl_module: SegmentationModule, stage: str) -> None:
-        """Take the baseline before the first step."""
-        del trainer, pl_module, stage
+        """Forget peaks of what came before the steps."""
+        del stage
+        if self.baseline_bytes is None:
+            # one of several processes, just begun: what `train` does for its own is done here
+            self._heap.enter_context(planned_heap(pl_module.plan))
+            self.start()
         self.resident = PeakResident().start()
+        device = trainer.strategy.root_device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: SegmentationModule) -> None:
+        """Say so, once, when training takes more than it was given."""
+        del trainer
+        measured, memory = self.peak_bytes(pl_module.device), pl_module.plan.memory
+        if measured > memory.budget_bytes and not self.has_warned:
+            self.has_warned = True
+            logger.warning(
+                "training took %s of a budget of %s; %s were predicted",
+                *map(format_bytes, (measured, memory.budget_bytes, memory.peak_bytes)),
+            )
 
     def peak_bytes(self, device: torch.device) -> int:
         """The peak until now."""
         if device.type == "cuda":
-            return int(torch.cuda.max_memory_allocated(device))
-        return self.resident.peak_bytes if self.resident is not None else 0
+            assert device.index is not None
+            beyond = bytes_beyond_allocator(device.index)
+            self.context_bytes = min(beyond, self.context_bytes or beyond)
+            return torch.cuda.max_memory_reserved(device) + self.context_bytes
+        if self.resident is None or self.baseline_bytes is None:
+            return 0
+        peak = self.resident.baseline_bytes + self.resident.peak_bytes - self.baseline_bytes
+        return max(0, peak)
+
+
+def planned_heap(plan: Plan) -> AbstractContextManager[object]:
+    """Within, freed memory goes back to the system at once, if the plan says so."""
+    return mapped_blocks() if plan.memory.heap == "mapped" else nullcontext()
 
 
 class MetricsLog(pl.Callback):  # type: ignore[misc]
@@ -104,20 +150,25 @@ class MetricsLog(pl.Callback):  # type: ignore[misc]
         labels = [f"validation_dice_{label.name}" for label in plan.labels[1:]]
         self.columns = (
             *("epoch", "step", "minutes", "learning_rate", "loss", "validation_loss"),
-            *("validation_dice", *labels, "peak_bytes"),
+            *("validation_dice", *labels, "peak_bytes", "predicted_peak_bytes"),
         )
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: SegmentationModule) -> None:
         """After training and validation of an epoch, in the first process."""
         if not trainer.is_global_zero:
             return
+        memory = {
+            "peak_bytes": self.watch.peak_bytes(pl_module.device),
+            "predicted_peak_bytes": pl_module.plan.memory.peak_bytes,
+        }
+        for log in trainer.loggers:
+            log.log_metrics(memory, step=trainer.global_step)
         known = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        known |= {
+        known |= memory | {
             "epoch": trainer.current_epoch,
             "step": trainer.global_step,
             "minutes": round(pl_module.clock.elapsed_seconds / 60, 4),
             "learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
-            "peak_bytes": self.watch.peak_bytes(pl_module.device),
         }
         new = not self.path.exists()
         with self.path.open("a", newline="", encoding="utf-8") as file:
@@ -211,11 +262,12 @@ class RecordKeeper(pl.Callback):  # type: ignore[misc]
                 predicted_peak_bytes=self.plan.memory.peak_bytes,
                 measured_peak_bytes=self.watch.peak_bytes(pl_module.device),
                 measured=(
-                    "CUDA allocator"
+                    "what the allocator reserved, and the context"
                     if pl_module.device.type == "cuda"
-                    else "resident memory above that before training"
+                    else "resident memory above that before the network was built"
                 ),
             ),
+            events=tuple(pl_module.rescue.events),
             notes=self.notes,
         ).save(self.path)
 

@@ -2,26 +2,23 @@
 
 import logging
 import shutil
-import signal
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from importlib.util import find_spec
+import tempfile
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from lightning.pytorch.loggers import TensorBoardLogger
 from pydantic import ValidationError
 
 from effseg.dataset import Dataset, Fold, folds, read_dataset
-from effseg.devices import Precision, present_device
+from effseg.devices import present_device
 from effseg.errors import DataError, EffsegError, PlanError
 from effseg.files import name_places
 from effseg.planner import check_plan
 from effseg.plans import Plan
-from effseg.record import CHECKPOINTS, METRICS, PLAN, RECORD, WEIGHTS
+from effseg.record import CHECKPOINTS, METRICS, PLAN, RATES, RECORD, WEIGHTS
 from effseg.training.callbacks import (
     BestWeights,
     MemoryWatch,
@@ -29,18 +26,17 @@ from effseg.training.callbacks import (
     ProgressReport,
     RecordKeeper,
     TrainingState,
+    planned_heap,
 )
 from effseg.training.data import PatchData
 from effseg.training.module import SegmentationModule
+from effseg.training.rates import RULE, LearningRates, try_rates
+from effseg.training.trainer import build_trainer, fit, import_late_parts, quiet_lightning
 
 logger = logging.getLogger("effseg")
 
 N_FOLDS = 5
-PRECISIONS: dict[Precision, str] = {
-    "float32": "32-true",
-    "bfloat16": "bf16-mixed",
-    "float16": "16-mixed",
-}
+RANGE_TEST_STEPS = 100
 
 
 def train(
@@ -54,6 +50,7 @@ def train(
     device: str | None = None,
     devices: int = 1,
     seed: int | None = None,
+    find_lr: bool = False,
     notes: tuple[str, ...] = (),
     preparing: Callable[[int, int], None] | None = None,
     progress: Callable[[TrainingState], None] | None = None,
@@ -74,26 +71,26 @@ def train(
         device: "cpu" or "cuda", in place of the plan's.
         devices: processes that share the work (DDP), each with its own batch.
         seed: in place of the plan's.
+        find_lr: take the learning rate that `find_learning_rate` suggests, in place of the plan's;
+            its steps are not counted in minutes or epochs.
         notes: sentences that the report repeats, such as where the data come from.
         preparing: called with (cases prepared, cases in all).
         progress: called after each step.
 
     Returns:
         The run's folder: plan.json, run.json, metrics.csv, model.safetensors (the averaged weights
-        of the best validation Dice) and checkpoints/.
+        of the best validation Dice) and checkpoints/; learning_rates.csv with `find_lr`.
 
     Raises:
         KeyboardInterrupt: as it was sent; what was learnt until then is kept.
         PlanError: if plan and data set do not fit, minutes and epochs are both or neither set, or
             the device is not here.
-        MemoryBudgetError: if a step takes more than the plan's budget.
-        DataError: if `out` is taken, or a case cannot be used.
+        DataError: if `out` is taken, a case cannot be used, or the loss falls at no learning rate.
+        MemoryBudgetError: if a step takes more than the plan's budget, or runs out of memory whatever
+            is recomputed and split.
     """
     source = "plan" if isinstance(plan, Plan) else plan
-    if not isinstance(plan, Plan):
-        plan = Plan.load(plan)
-    if not isinstance(dataset, Dataset):
-        dataset = read_dataset(dataset)
+    plan, dataset = _opened(plan, dataset)
     plan = with_choices(plan, minutes=minutes, epochs=epochs, device=device, seed=seed)
     chosen = choose_fold(dataset, fold)
     present = present_device(plan.device)
@@ -101,19 +98,25 @@ def train(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DataError(f"{out}: not empty; name a new folder, so that two runs cannot mix")
     plan = check_plan(plan, source=source)
-    by_name = {case.name: case for case in dataset.cases}
     cache = out / "cache"
+    import_late_parts()
+    heap = ExitStack()
+    watch = MemoryWatch()
     try:
+        if devices == 1:
+            # each of several processes does so for itself
+            heap.enter_context(planned_heap(plan))
+            watch.start()
         module = SegmentationModule(_seeded(plan))
-        data = PatchData(
-            plan,
-            [by_name[name] for name in chosen.train],
-            [by_name[name] for name in chosen.validation],
-            cache,
-            progress=preparing,
-        )
+        data = _prepare(plan, dataset, chosen, cache, progress=preparing)
+        if find_lr:
+            del module
+            logger.info("looking for a learning rate: %d steps at most", RANGE_TEST_STEPS)
+            rates = try_rates(plan, data, device=present, folder=cache, steps=RANGE_TEST_STEPS)
+            rates.save(out / RATES)
+            plan = with_rate(plan, rates)
+            module = SegmentationModule(_seeded(plan))
         plan.save(out / PLAN)
-        watch = MemoryWatch()
         best = BestWeights(out / WEIGHTS)
         record = RecordKeeper(
             path=out / RECORD,
@@ -139,47 +142,103 @@ def train(
             callbacks.append(
                 EarlyStopping("validation_dice", mode="max", patience=plan.training.patience)
             )
-        with _quiet_lightning():
-            trainer = pl.Trainer(
-                accelerator=present.type,
-                # one card is the one that was named; Lightning takes a list for numbers
-                devices=devices if present.index is None or devices > 1 else [present.index],
-                strategy="ddp_spawn" if devices > 1 else "auto",
-                precision=PRECISIONS[plan.precision],
-                max_epochs=plan.training.epochs or -1,
-                gradient_clip_val=plan.training.optimizer.gradient_clip,
-                check_val_every_n_epoch=plan.training.validate_every,
-                reload_dataloaders_every_n_epochs=1,
-                num_sanity_val_steps=0,
-                logger=_tensorboard(out),
-                callbacks=callbacks,
-                enable_progress_bar=False,
-                enable_model_summary=False,
-                default_root_dir=out,
+        with quiet_lightning():
+            trainer = build_trainer(
+                plan, present, folder=out, callbacks=callbacks, n_devices=devices
             )
-            _fit(trainer, module, data)
+        fit(trainer, module, data)
     except BaseException:
         if not (out / WEIGHTS).exists():
             # nothing worth keeping was learnt yet: leave no half-written run
             shutil.rmtree(out, ignore_errors=True)
         raise
     finally:
+        heap.close()
         shutil.rmtree(cache, ignore_errors=True)
     if not (out / WEIGHTS).exists():
         raise EffsegError(f"{out}: training ended before its first validation; give it longer")
     return out
 
 
-def _fit(trainer: pl.Trainer, module: SegmentationModule, data: PatchData) -> None:
-    """Fit; Lightning makes a `sys.exit` of an interrupt and ignores those to come: undo both."""
-    handler = signal.getsignal(signal.SIGINT)
-    try:
-        trainer.fit(module, datamodule=data)
-    except SystemExit as stop:
-        if not isinstance(stop.__context__, KeyboardInterrupt):
-            raise
-        signal.signal(signal.SIGINT, handler)
-        raise stop.__context__ from None
+def find_learning_rate(
+    plan: Plan | str | Path,
+    dataset: Dataset | str | Path,
+    *,
+    fold: int = 0,
+    device: str | None = None,
+    steps: int = RANGE_TEST_STEPS,
+    progress: Callable[[int, int], None] | None = None,
+) -> LearningRates:
+    """Try learning rates from 1e-6 to 1 on real batches, one a step, and suggest one.
+
+    Fresh weights are trained with a rate that rises from step to step, until the loss diverges, and
+    dropped. Suggested is the middle of the decade over which the loss falls most. Batches, weights
+    and so the suggestion follow from the plan's seed.
+
+    Args:
+        plan: a `Plan` or its file; its own learning rate and length do not count.
+        dataset: a `Dataset` or its folder or CSV.
+        fold: whose training cases are learnt from, from 0.
+        device: "cpu" or "cuda", in place of the plan's.
+        steps: at most, 20 at least.
+        progress: called after each step with (steps done, steps at most).
+
+    Returns:
+        The rates, the losses and the suggestion.
+
+    Raises:
+        PlanError: if plan and data set do not fit, the device is not here, or steps are too few.
+        DataError: if a case cannot be used, or the loss falls at no rate.
+        MemoryBudgetError: if a step runs out of memory, whatever is recomputed.
+
+    Source: Smith, "Cyclical learning rates for training neural networks", WACV 2017, section 3.3.
+    """
+    plan, dataset = _opened(plan, dataset)
+    plan = with_choices(plan, minutes=None, epochs=None, device=device, seed=None)
+    chosen = choose_fold(dataset, fold)
+    present = present_device(plan.device)
+    with tempfile.TemporaryDirectory(prefix="effseg-") as folder, planned_heap(plan):
+        cache = Path(folder)
+        data = _prepare(plan, dataset, chosen, cache)
+        return try_rates(plan, data, device=present, folder=cache, steps=steps, progress=progress)
+
+
+def with_rate(plan: Plan, rates: LearningRates) -> Plan:
+    """The plan with the learning rate that a range test suggests, and why."""
+    reason = (
+        f"{RULE}, of {len(rates.rates)} steps at rates from {rates.rates[0]:.2g} to "
+        f"{rates.rates[-1]:.2g}"
+    )
+    rate = float(f"{rates.suggestion:.2g}")
+    optimizer = plan.training.optimizer.model_copy(update={"learning_rate": rate})
+    return plan.model_copy(
+        update={
+            "training": plan.training.model_copy(update={"optimizer": optimizer}),
+            "reasons": plan.reasons | {"learning_rate": reason},
+        }
+    )
+
+
+def _opened(plan: Plan | str | Path, dataset: Dataset | str | Path) -> tuple[Plan, Dataset]:
+    return (
+        plan if isinstance(plan, Plan) else Plan.load(plan),
+        dataset if isinstance(dataset, Dataset) else read_dataset(dataset),
+    )
+
+
+def _prepare(
+    plan: Plan,
+    dataset: Dataset,
+    chosen: Fold,
+    cache: Path,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> PatchData:
+    by_name = {case.name: case for case in dataset.cases}
+    train, validation = (
+        [by_name[name] for name in names] for names in (chosen.train, chosen.validation)
+    )
+    return PatchData(plan, train, validation, cache, progress=progress)
 
 
 def with_choices(
@@ -234,26 +293,3 @@ def choose_fold(dataset: Dataset, fold: int) -> Fold:
 def _seeded(plan: Plan) -> Plan:
     torch.manual_seed(plan.training.seed)
     return plan
-
-
-def _tensorboard(out: Path) -> TensorBoardLogger | bool:
-    """TensorBoard's log where it is installed (extra `log`)."""
-    if find_spec("tensorboard") is None:
-        return False
-    return TensorBoardLogger(out, name="", version="logs")
-
-
-@contextmanager
-def _quiet_lightning() -> Iterator[None]:
-    """Lightning's banners and advice are for people who wrote the loop themselves."""
-    talkers = [logging.getLogger(f"lightning.{part}") for part in ("pytorch", "fabric")]
-    levels = [talker.level for talker in talkers]
-    for talker in talkers:
-        talker.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module=r"lightning\..*")
-            yield
-    finally:
-        for talker, level in zip(talkers, levels, strict=True):
-            talker.setLevel(level)

@@ -1,7 +1,8 @@
 """What one step of training does."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -10,11 +11,13 @@ from torch import Tensor
 from torch.optim import AdamW
 from torch.optim.swa_utils import AveragedModel
 
-from effseg.errors import DataError
+from effseg.errors import DataError, MemoryBudgetError
 from effseg.losses import DeepSupervisionLoss, build_loss
+from effseg.memory import apply_policy
 from effseg.networks import build_network
 from effseg.plans import Plan
 from effseg.training.clock import Clock, learning_rate_factor
+from effseg.training.rescue import Rescue, first_line, is_out_of_memory
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,11 @@ class SegmentationModule(pl.LightningModule):  # type: ignore[misc]  # Lightning
     Validation scores the running average of the weights (`averaged`), which is also what a run
     keeps. Dice is counted over all validation patches together, a class at a time, ignored voxels
     left out.
+
+    A step that runs out of memory is done again with less (`rescue`).
+
+    Raises:
+        PlanError: if a policy names no stage of the network.
     """
 
     def __init__(self, plan: Plan) -> None:
@@ -53,11 +61,17 @@ class SegmentationModule(pl.LightningModule):  # type: ignore[misc]  # Lightning
         average = ExponentialAverage(plan.training.optimizer.ema_decay)
         self.averaged = AveragedModel(self.network, multi_avg_fn=average)
         self.averaged.requires_grad_(requires_grad=False)
+        # after the averages were copied: they never keep anything for backward
+        apply_policy(self.network, plan.policies)
         loss = build_loss(
             plan.training.loss, ignore_label=self.ignore_index, n_classes=self.n_classes
         )
         self.loss = loss
-        self.training_loss = DeepSupervisionLoss(loss) if plan.network.deep_supervision else loss
+        self.rescue = Rescue(
+            self.network,
+            DeepSupervisionLoss(loss) if plan.network.deep_supervision else loss,
+            batch_size=plan.batch_size,
+        )
         self.clock = Clock(plan.training)
         self.overlap = torch.zeros(3, self.n_classes, dtype=torch.int64)
         self.validation_losses: list[Tensor] = []
@@ -81,7 +95,16 @@ class SegmentationModule(pl.LightningModule):  # type: ignore[misc]  # Lightning
         """The loss of one batch."""
         del batch_idx
         image, label = batch
-        loss: Tensor = self.training_loss(self.network.for_loss(image), label)
+        loss = self.rescue.step.loss(image, label)
+        self.check_loss(loss)
+        return loss
+
+    def check_loss(self, loss: Tensor) -> None:
+        """Refuse a loss that nothing can be learnt from.
+
+        Raises:
+            DataError: if it is not finite.
+        """
         if not bool(torch.isfinite(loss)):
             raise DataError(
                 f"the loss became {float(loss.detach())} in step {self.global_step}; the best "
@@ -89,12 +112,47 @@ class SegmentationModule(pl.LightningModule):  # type: ignore[misc]  # Lightning
                 "may help, "
                 "`effseg check` looks at the data"
             )
-        self.log("loss", loss.detach(), on_step=False, on_epoch=True, sync_dist=True)
-        return loss
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Gradients, of the whole batch or sample by sample."""
+        del args, kwargs
+        self.rescue.step.backward(loss)
+
+    def optimizer_step(
+        self,
+        epoch: int,
+        batch_idx: int,
+        optimizer: Any,
+        optimizer_closure: Callable[[], Any] | None = None,
+    ) -> None:
+        """Forward, backward and the optimizer; the first two again if memory is refused.
+
+        Raises:
+            MemoryBudgetError: if nothing is left to change, or the optimizer's state does not fit.
+        """
+        assert optimizer_closure is not None
+        step = self.global_step
+        run = partial(self._guarded, optimizer_closure, epoch=epoch, step=step)
+        try:
+            super().optimizer_step(epoch, batch_idx, optimizer, run)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            raise MemoryBudgetError(
+                f"step {step}: {_where(error, self.trainer.world_size)}; free memory that others "
+                "hold, or plan again with a smaller --memory"
+            ) from error
+
+    def _guarded(self, closure: Callable[[], Any], *, epoch: int, step: int) -> Any:
+        if self.trainer.world_size > 1:
+            return closure()
+        return self.rescue.run(closure, epoch=epoch, step=step)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """After each step the average follows, and the gradients go before the next forward."""
-        del outputs, batch, batch_idx
+        del batch, batch_idx
+        # logged here, not in the step, which may run more than once
+        self.log("loss", outputs["loss"], on_step=False, on_epoch=True, sync_dist=True)
         self.averaged.update_parameters(self.network)
         self.optimizers().zero_grad(set_to_none=True)
 
@@ -138,3 +196,12 @@ class SegmentationModule(pl.LightningModule):  # type: ignore[misc]  # Lightning
             ],
             lr=config.learning_rate,
         )
+
+
+def _where(error: BaseException, world_size: int) -> str:
+    if world_size > 1:
+        return (
+            f"out of memory ({first_line(error)}) in one of {world_size} processes, which cannot "
+            "do a step again by itself"
+        )
+    return f"out of memory ({first_line(error)}) while the optimizer took its state"

@@ -1,0 +1,197 @@
+"""What becomes of a step that ran out of memory: it is done again with less.
+
+A plan is made to fit, but another process may take the card, or the system's memory. The step then
+starts over as it was, one rung further down: more recomputed first, then the samples of a batch
+one after the other. The optimizer sees the same gradients, to rounding.
+"""
+
+import logging
+import traceback
+from collections.abc import Callable
+from datetime import datetime
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import BatchNorm1d, BatchNorm2d, BatchNorm3d
+
+from effseg.errors import MemoryBudgetError
+from effseg.memory import apply_policy, give_back_memory, stage_policies
+from effseg.networks import DenseUNet
+from effseg.record import RunEvent
+from effseg.training.step import BatchLoss, RandomState, SampleBySample, Step, WholeBatch
+
+logger = logging.getLogger("effseg")
+
+STAGES = ("encoder", "decoder", "up", "down")
+"""Of a `DenseUNet`: all that saves much, in parts none of which lies in another."""
+
+WORDS = (
+    "can't allocate memory",  # torch on Linux
+    "not enough memory",  # torch on Windows
+    "std::bad_alloc",
+    "could not create a memory",  # oneDNN
+    "could not create a primitive",  # oneDNN, of its scratch
+    "CUDA out of memory",  # in a worker's or a wrapped error
+)
+"""In a RuntimeError, that memory was refused."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory was refused, by a device or the system.
+
+    oneDNN gives no reason: what it could not create in a step that ran before, it had no memory
+    for. "could not create a primitive descriptor" is another matter, an operator it does not have.
+    """
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    text = str(error)
+    return (
+        isinstance(error, RuntimeError)
+        and "primitive descriptor" not in text
+        and any(words in text for words in WORDS)
+    )
+
+
+class Rescue:
+    """Runs steps of a training, and runs one again that was refused memory.
+
+    Args:
+        network: that is trained; recomputation is raised on its stages.
+        batch_loss: of its outputs.
+        batch_size: samples of a batch.
+
+    Attributes:
+        step: how a batch becomes gradients now.
+        events: what happened so far.
+    """
+
+    def __init__(self, network: DenseUNet, batch_loss: BatchLoss, *, batch_size: int) -> None:
+        self.network = network
+        self.batch_loss = batch_loss
+        self.batch_size = batch_size
+        self.step: Step = WholeBatch(network, batch_loss)
+        self.events: list[RunEvent] = []
+
+    def run(self, closure: Callable[[], Any], *, epoch: int, step: int) -> Any:
+        """Call what computes a step's gradients until it gets through.
+
+        Args:
+            closure: forward and backward; called again from the state before: random numbers,
+                buffers, no gradients.
+            epoch: from 0, for the record.
+            step: from 0, for the record.
+
+        Returns:
+            What `closure` returns.
+
+        Raises:
+            MemoryBudgetError: if there is nothing left to change.
+        """
+        start = _Start.of(self.network)
+        while True:
+            try:
+                return closure()
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                asked = first_line(error)
+                _drop_frames(error)
+            # the error is gone here, and what its frames held with it
+            self.network.zero_grad(set_to_none=True)
+            give_back_memory()
+            changed = self._less()
+            self.events.append(
+                RunEvent(
+                    epoch=epoch,
+                    step=step,
+                    when=datetime.now().replace(microsecond=0),
+                    asked=asked,
+                    changed=changed or "nothing was left to change",
+                )
+            )
+            if changed is None:
+                raise MemoryBudgetError(self._refusal(asked, step))
+            logger.warning(
+                "step %d ran out of memory (%s); it is done again, and from now on %s",
+                *(step, asked, changed),
+            )
+            start.restore()
+
+    def _less(self) -> str | None:
+        """Take less memory from now on; what was changed, or None where nothing is left."""
+        stages = self._stages_kept()
+        if stages:
+            apply_policy(self.network, dict.fromkeys(stages, "recompute"))
+            return f"{len(stages)} more stages are recomputed in backward"
+        if self._may_split() and isinstance(self.step, WholeBatch):
+            self.step = SampleBySample(self.network, self.batch_loss)
+            return f"the {self.batch_size} samples of a batch go through one after the other"
+        return None
+
+    def _stages_kept(self) -> list[str]:
+        """The outermost stages that keep what they save, and have none within that is offloaded."""
+        policies = stage_policies(self.network)
+        offloaded = [path for path, policy in policies.items() if policy == "offload"]
+        stages = (
+            f"{name}.{part}"
+            for name in STAGES
+            for part, _ in self.network.get_submodule(name).named_children()
+        )
+        return [
+            path
+            for path in stages
+            if policies.get(path, "keep") == "keep"
+            and not any(inner.startswith(f"{path}.") for inner in offloaded)
+        ]
+
+    def _may_split(self) -> bool:
+        return self.batch_size > 1 and not any(
+            isinstance(part, BatchNorm1d | BatchNorm2d | BatchNorm3d)
+            for part in self.network.modules()
+        )
+
+    def _refusal(self, asked: str, step: int) -> str:
+        tried = [event.changed for event in self.events[:-1]]
+        if not self._may_split():
+            why = "the batch is one sample" if self.batch_size == 1 else "batch norm needs it whole"
+            tried.append(f"the batch cannot be split: {why}")
+        return (
+            f"step {step} ran out of memory ({asked}) and nothing is left to change"
+            f"{': ' if tried else ''}{'; '.join(tried)}: free memory that others hold, "
+            "or plan again with a smaller --memory"
+        )
+
+
+class _Start:
+    """A step's start: random numbers and the network's buffers."""
+
+    def __init__(self, random: RandomState, buffers: dict[Tensor, Tensor]) -> None:
+        self._random, self._buffers = random, buffers
+
+    @classmethod
+    def of(cls, network: nn.Module) -> Self:
+        device = next(network.parameters()).device
+        buffers = {buffer: buffer.clone() for buffer in network.buffers()}
+        return cls(RandomState.of(device), buffers)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        self._random.restore()
+        for buffer, value in self._buffers.items():
+            buffer.copy_(value)
+
+
+def _drop_frames(error: BaseException) -> None:
+    """Clear the frames that an error came through: they hold the graph that is to go."""
+    seen: BaseException | None = error
+    while seen is not None:
+        traceback.clear_frames(seen.__traceback__)
+        seen = seen.__cause__ or seen.__context__
+    error.__traceback__ = None
+
+
+def first_line(error: BaseException) -> str:
+    """What was asked for, as the error has it, without the advice that follows."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
