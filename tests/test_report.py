@@ -37,7 +37,7 @@ from effseg.plans import (
     format_bytes,
 )
 from effseg.report import write_report
-from effseg.report.charts import FRAME, draw_curves
+from effseg.report.charts import FRAME, draw_curves, draw_rates
 from effseg.report.choices import list_choices
 from effseg.report.outlines import outline, png_uri, shrink
 from effseg.report.planes import view_case
@@ -366,6 +366,33 @@ def test_more_than_the_budget_is_said_in_the_first_line(run: Path) -> None:
     assert "3.00 GiB of a budget of 2.00 GiB : more than allowed" in Page(write_report(run)).text
 
 
+def test_steps_that_ran_out_of_memory_are_listed(run: Path) -> None:
+    assert "ran out of memory" not in Page(write_report(run)).text
+    event = {
+        "epoch": 2,
+        "step": 1234,
+        "when": "2026-11-22T05:25:00",
+        "asked": "Tried to allocate <2 GiB>",
+        "changed": "9 more stages are recomputed in backward",
+    }
+    (run / "run.json").write_text(json.dumps(make_record(events=[event])))
+    assert (
+        "Steps that ran out of memory were done again, and taught the same: "
+        "2026-11-22 05:25, epoch 2, step 1,234: 9 more stages are recomputed in backward "
+        "(Tried to allocate <2 GiB>)"
+    ) in Page(write_report(run)).text
+
+
+def test_a_learning_rate_test_is_drawn_with_what_was_taken(run: Path) -> None:
+    assert "Loss by learning rate" not in Page(write_report(run)).text
+    (run / "learning_rates.csv").write_text(
+        "learning_rate,loss,smoothed_loss\n1e-5,2.0,2.0\n1e-3,1.0,1.5\n1e-1,4.0,2.2\n"
+    )
+    page = Page(write_report(run))
+    assert "Loss by learning rate" in page.text
+    assert "1e-5 1e-4 1e-3 1e-2 1e-1 learning rate taken, 0.003" in page.text
+
+
 def test_before_any_evaluation_the_best_validation_speaks(run: Path) -> None:
     text = Page(write_report(run)).text
     assert "0.871 best Dice on validation patches" in text
@@ -613,6 +640,23 @@ def test_an_outline_encloses_just_the_mask(mask: np.ndarray) -> None:
                 if (y0 > y) != (y1 > y):
                     crossings += x < x0 + (y - y0) / (y1 - y0) * (x1 - x0)
         assert crossings % 2 == mask[row, column]
+
+
+def test_rates_lie_on_a_logarithmic_axis() -> None:
+    columns = {
+        "learning_rate": (1e-4, 1e-3, 1e-2),
+        "loss": (2.0, 1.0, 3.0),
+        "smoothed_loss": (2.0, 1.5, 2.0),
+    }
+    (chart,) = draw_rates(columns, taken=1e-3)
+    first, middle, last = (float(p.split(",")[0]) for p in chart.lines[0].points.split())
+    assert (first, last) == (FRAME.left, FRAME.right)
+    assert middle == pytest.approx((first + last) / 2)
+    assert chart.best is not None
+    assert chart.best.at == middle
+    (elsewhere,) = draw_rates(columns, taken=1.0)
+    assert elsewhere.best is None
+    assert draw_rates({}, taken=1e-3) == ()
 
 
 def test_curves_skip_empty_cells_and_tell_of_what_is_not_finite() -> None:

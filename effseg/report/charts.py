@@ -57,7 +57,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Chart:
-    """Everything the template needs to draw one chart."""
+    """Everything the template needs to draw one chart; `epochs` are the ticks along `axis`."""
 
     title: str
     lines: tuple[Line, ...]
@@ -66,6 +66,7 @@ class Chart:
     values: tuple[Tick, ...]
     best: Tick | None
     n_not_finite: int
+    axis: str = "epoch"
 
 
 def draw_curves(columns: Columns, *, best_epoch: int | None = None) -> tuple[Chart, ...]:
@@ -92,6 +93,58 @@ def draw_curves(columns: Columns, *, best_epoch: int | None = None) -> tuple[Cha
         _chart("Dice", dice + mean, columns, best_epoch=best_epoch, limits=(0.0, 1.0)),
     )
     return tuple(chart for chart in charts if chart is not None)
+
+
+def draw_rates(columns: Columns, *, taken: float) -> tuple[Chart, ...]:
+    """The loss by learning rate, of a range test, on a logarithmic axis.
+
+    Args:
+        columns: of `learning_rates.csv`.
+        taken: the rate that was taken from it, marked with a vertical line.
+
+    Returns:
+        One chart; none for no columns.
+    """
+    rates = [rate for rate in columns.get("learning_rate", ()) if rate is not None and rate > 0]
+    names = {"loss": ("each step", "colour1"), "smoothed_loss": ("smoothed", "colour0")}
+    found = {name: finite(columns[name]) for name in names if name in columns}
+    values = [value for pairs in found.values() for _, value in pairs]
+    if len(rates) < 2 or len(rates) != len(columns["learning_rate"]) or not values:
+        return ()
+    low, high, steps = _axis(min(values), max(values))
+    first, last = math.log10(min(rates)), math.log10(max(rates))
+
+    def across(rate: float) -> float:
+        share = (math.log10(rate) - first) / max(last - first, 1e-9)
+        return round(FRAME.left + share * (FRAME.right - FRAME.left), 1)
+
+    def down(value: float) -> float:
+        return round(FRAME.bottom - (value - low) / (high - low) * (FRAME.bottom - FRAME.top), 1)
+
+    lines = tuple(
+        Line(
+            name=names[name][0],
+            style=names[name][1],
+            points=" ".join(f"{across(rates[row]):g},{down(value):g}" for row, value in pairs),
+            dots=(),
+            last=pairs[-1][1],
+        )
+        for name, pairs in found.items()
+        if pairs
+    )
+    decades = range(math.ceil(first - 1e-9), math.floor(last + 1e-9) + 1)
+    inside = min(rates) <= taken <= max(rates)
+    chart = Chart(
+        title="Loss by learning rate",
+        lines=lines,
+        epochs=tuple(Tick(across(10.0**power), f"1e{power}") for power in decades),
+        minutes=(),
+        values=tuple(Tick(down(t), _number(t, steps)) for t in _multiples(low, high, steps)),
+        best=Tick(across(taken), f"taken, {taken:.2g}") if inside else None,
+        n_not_finite=0,
+        axis="learning rate",
+    )
+    return (chart,)
 
 
 def _chart(

@@ -15,7 +15,7 @@ from effseg.files import write_text_whole
 from effseg.plans import Plan, format_bytes
 from effseg.record import PLAN, REPORT, RunMemory
 from effseg.report import results
-from effseg.report.charts import FRAME, draw_curves
+from effseg.report.charts import FRAME, draw_curves, draw_rates
 from effseg.report.choices import list_choices, list_facts
 from effseg.report.planes import View, view_case
 from effseg.report.run import Run, read_run
@@ -135,7 +135,10 @@ def _context(run: Run) -> dict[str, Any]:
         "verdict": _verdict(run),
         "choices": list_choices(plan),
         "facts": list_facts(plan.fingerprint),
-        "charts": draw_curves(run.columns, best_epoch=best),
+        "charts": (
+            *draw_curves(run.columns, best_epoch=best),
+            *draw_rates(run.rates, taken=plan.training.optimizer.learning_rate),
+        ),
         "frame": FRAME,
         "step": step,
         "no_step": no_step,

@@ -9,7 +9,7 @@ from pathlib import Path
 from effseg.errors import CheckpointError
 from effseg.evaluation import Scores
 from effseg.plans import Plan
-from effseg.record import METRICS, PLAN, RECORD, SCORES, VALIDATION, RunRecord
+from effseg.record import METRICS, PLAN, RATES, RECORD, SCORES, VALIDATION, RunRecord
 
 Columns = Mapping[str, tuple[float | None, ...]]
 
@@ -23,6 +23,7 @@ class Run:
         plan: its plan.
         record: `run.json`; None while the run has not ended.
         columns: `metrics.csv` by column, None for an empty cell; empty without the file.
+        rates: `learning_rates.csv` likewise.
         scores: each `NAME/metrics.json` by NAME, `test` and `validation` first.
     """
 
@@ -30,6 +31,7 @@ class Run:
     plan: Plan
     record: RunRecord | None
     columns: Columns
+    rates: Columns
     scores: Mapping[str, Scores]
 
 
@@ -55,6 +57,7 @@ def read_run(folder: str | Path) -> Run:
         plan=Plan.load(folder / PLAN),
         record=RunRecord.load(record) if record.is_file() else None,
         columns=_read_columns(folder / METRICS),
+        rates=_read_columns(folder / RATES),
         scores={
             path.parent.name: Scores.load(path)
             for path in sorted(folder.glob(f"*/{SCORES}"), key=_rank)

@@ -6,6 +6,7 @@ one after the other. The optimizer sees the same gradients, to rounding.
 """
 
 import logging
+import re
 import traceback
 from collections.abc import Callable
 from datetime import datetime
@@ -192,6 +193,6 @@ def _drop_frames(error: BaseException) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """What was asked for, as the error has it, without the advice that follows."""
+    """What was asked for, as the error has it, without where and the advice that follows."""
     lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    return re.sub(r"^\[enforce fail .*?(?=\w+Allocator)", "", lines[0] if lines else repr(error))
