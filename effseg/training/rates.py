@@ -160,13 +160,13 @@ def _smoothed(losses: tuple[float, ...] | list[float]) -> list[float]:
 
 
 def _steepest(rates: tuple[float, ...], losses: tuple[float, ...]) -> float:
-    decades = np.log10(np.asarray(rates))
+    decades, fall = np.log10(np.asarray(rates)), np.asarray(losses)
     size = int(np.searchsorted(decades - decades[0], 1 - 1e-9)) + 1 if len(rates) > 1 else 2
     best_slope, best = 0.0, None
     for start in range(len(rates) - size + 1):
         part = slice(start, start + size)
-        centred = decades[part] - decades[part].mean()
-        slope = float(centred @ np.asarray(losses[part]) / (centred @ centred))
+        across, down = (values[part] - values[part].mean() for values in (decades, fall))
+        slope = float(across @ down / (across @ across))
         if slope < best_slope:
             best_slope, best = slope, 10 ** float(decades[part].mean())
     if best is None:
