@@ -377,7 +377,7 @@ def test_steps_that_ran_out_of_memory_are_listed(run: Path) -> None:
     }
     (run / "run.json").write_text(json.dumps(make_record(events=[event])))
     assert (
-        "Steps that ran out of memory were done again, and taught the same: "
+        "What ran out of memory was done again, with the same results: "
         "2026-11-22 05:25, epoch 2, step 1,234: 9 more stages are recomputed in backward "
         "(Tried to allocate <2 GiB>)"
     ) in Page(write_report(run)).text

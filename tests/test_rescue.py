@@ -170,7 +170,7 @@ def test_when_nothing_is_left_it_says_what_was_tried() -> None:
     assert message.startswith(
         "step 0 ran out of memory (CUDA out of memory. Tried to allocate 2.00"
     )
-    assert "9 more stages are recomputed in backward; the 3 samples of a batch go" in message
+    assert "change: 9 more stages are recomputed in backward; 3 samples of a batch go" in message
     assert "smaller --memory" in message
     assert [event.changed for event in rescue.events][-1] == "nothing was left to change"
     assert all(parameter.grad is None for parameter in rescue.network.parameters())
@@ -198,7 +198,7 @@ def test_stages_that_are_offloaded_stay_so() -> None:
     assert policies["encoder.0"] == policies["decoder.0.denselayer1.conv2"] == "offload"
     assert "decoder.0" not in policies
     assert policies["encoder.1"] == policies["up.0"] == policies["down.1"] == "recompute"
-    assert rescue.events[0].changed == "6 more stages are recomputed in backward"
+    assert rescue.events[0].changed == "from now on 6 more stages are recomputed in backward"
 
 
 def test_the_dead_graph_is_gone_before_the_step_is_done_again() -> None:
@@ -214,6 +214,49 @@ def test_the_dead_graph_is_gone_before_the_step_is_done_again() -> None:
     with refusing(rescue.network, "forward", refused(True)):
         trained(rescue, torch.optim.SGD(rescue.network.parameters(), lr=1e-3))
     assert alive[1] == 0
+
+
+def test_mixed_precision_holds_in_a_samples_second_forward() -> None:
+    rescue = build()
+    step = SampleBySample(rescue.network, rescue.batch_loss)
+    dtypes = []
+    rescue.network.encoder[1].register_forward_hook(lambda *call: dtypes.append(call[2].dtype))
+    image, label = torch.randn(3, 1, 8, 8, 8), torch.zeros(3, 8, 8, 8, dtype=torch.uint8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = step.loss(image, label)
+    step.backward(loss)
+    assert dtypes == [torch.bfloat16] * 6
+
+
+@pytest.mark.gpu
+def test_a_card_that_refuses_memory_does_not_end_a_training() -> None:
+    image = torch.randn(4, 1, 64, 64, 64, device="cuda")
+    label = torch.randint(0, 3, (4, 64, 64, 64), dtype=torch.uint8, device="cuda")
+    gradients, peak = [], 0
+    for is_short in (False, True):
+        rescue = build(memory="plain", batch_size=4)
+        rescue.network.to("cuda")
+
+        def closure(rescue: Rescue = rescue) -> None:
+            rescue.step.backward(rescue.step.loss(image, label))
+
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_reserved()
+        if is_short:
+            total = torch.cuda.get_device_properties(0).total_memory
+            torch.cuda.set_per_process_memory_fraction((held + 0.5 * (peak - held)) / total)
+        try:
+            torch.manual_seed(0)
+            rescue.run(closure, epoch=0, step=0)
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0)
+        peak = torch.cuda.max_memory_reserved()
+        gradients.append([p.grad for p in rescue.network.parameters()])
+    assert rescue.events
+    assert "out of memory" in rescue.events[0].asked
+    for got, expected in zip(gradients[1], gradients[0], strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-2, atol=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -143,7 +143,7 @@ def test_a_run_that_was_short_of_memory_learns_the_same_and_says_so(
     (event,) = RunRecord.load(disturbed / RECORD).events
     assert (event.epoch, event.step) == (1, 7)
     assert event.asked == "CUDA out of memory. Tried to allocate 2.00 GiB."
-    assert event.changed == "5 more stages are recomputed in backward"
+    assert event.changed == "from now on 5 more stages are recomputed in backward"
     assert "step 7 ran out of memory" in caplog.text
 
 
@@ -157,10 +157,34 @@ def test_a_run_that_ends_short_of_memory_keeps_what_it_learnt(
     record = RunRecord.load(tmp_path / "run" / RECORD)
     assert (record.stopped_by, record.epochs) == ("error", 1)
     assert [event.changed for event in record.events][1:] == [
-        "the 2 samples of a batch go through one after the other",
+        "from now on 2 samples of a batch go one after the other",
         "nothing was left to change",
     ]
     assert (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_validation_goes_by_samples_where_a_batch_is_refused(
+    tiny_plan: Plan, tiny_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = DenseUNet.forward
+
+    def refusing(self: DenseUNet, image: torch.Tensor) -> object:
+        if not self.training and len(image) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return forward(self, image)
+
+    runs = [train(tiny_plan, tiny_dataset, out=tmp_path / "whole")]
+    monkeypatch.setattr(DenseUNet, "forward", refusing)
+    runs.append(train(tiny_plan, tiny_dataset, out=tmp_path / "split"))
+    scores = []
+    for run in runs:
+        with (run / "metrics.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        names = [name for name in rows[0] if name.startswith("validation")]
+        scores.append([float(row[name]) for row in rows for name in names])
+    assert scores[1] == pytest.approx(scores[0], rel=1e-5)
+    (event,) = RunRecord.load(runs[1] / RECORD).events
+    assert event.changed == "from now on validation takes one sample after the other"
 
 
 REAL = """

@@ -10,7 +10,7 @@ import re
 import traceback
 from collections.abc import Callable
 from datetime import datetime
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,10 @@ from effseg.record import RunEvent
 from effseg.training.step import BatchLoss, RandomState, SampleBySample, Step, WholeBatch
 
 logger = logging.getLogger("effseg")
+
+LASTING = "from now on "
+
+Scored = TypeVar("Scored")
 
 STAGES = ("encoder", "decoder", "up", "down")
 """Of a `DenseUNet`: all that saves much, in parts none of which lies in another."""
@@ -64,6 +68,7 @@ class Rescue:
 
     Attributes:
         step: how a batch becomes gradients now.
+        scores_whole: whether validation takes a batch at once.
         events: what happened so far.
     """
 
@@ -72,6 +77,7 @@ class Rescue:
         self.batch_loss = batch_loss
         self.batch_size = batch_size
         self.step: Step = WholeBatch(network, batch_loss)
+        self.scores_whole = True
         self.events: list[RunEvent] = []
 
     def run(self, closure: Callable[[], Any], *, epoch: int, step: int) -> Any:
@@ -102,32 +108,74 @@ class Rescue:
             self.network.zero_grad(set_to_none=True)
             give_back_memory()
             changed = self._less()
-            self.events.append(
-                RunEvent(
-                    epoch=epoch,
-                    step=step,
-                    when=datetime.now().replace(microsecond=0),
-                    asked=asked,
-                    changed=changed or "nothing was left to change",
-                )
-            )
+            self._note(asked, changed or "nothing was left to change", epoch=epoch, step=step)
             if changed is None:
                 raise MemoryBudgetError(self._refusal(asked, step))
-            logger.warning(
-                "step %d ran out of memory (%s); it is done again, and from now on %s",
-                *(step, asked, changed),
-            )
             start.restore()
+
+    def score(
+        self,
+        score: Callable[[Tensor, Tensor], Scored],
+        image: Tensor,
+        label: Tensor,
+        *,
+        epoch: int,
+        step: int,
+    ) -> list[Scored]:
+        """Score a batch of validation: whole, or, once that was refused memory, by samples.
+
+        Args:
+            score: of images and labels, in eval mode; changes nothing.
+            image: (N, C, *S).
+            label: (N, *S).
+            epoch: from 0, for the record.
+            step: from 0, for the record.
+
+        Returns:
+            What `score` returns, of the batch or of each sample.
+
+        Raises:
+            MemoryBudgetError: if a single sample runs out of memory.
+        """
+        if self.scores_whole and len(image) > 1:
+            try:
+                return [score(image, label)]
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                asked = first_line(error)
+                _drop_frames(error)
+            give_back_memory()
+            self.scores_whole = False
+            changed = f"{LASTING}validation takes one sample after the other"
+            self._note(asked, changed, epoch=epoch, step=step)
+        try:
+            return [score(image[i, None], label[i, None]) for i in range(len(image))]
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            raise MemoryBudgetError(
+                f"validation after step {step} ran out of memory ({first_line(error)}), with one "
+                "sample at a time; free memory that others hold, or plan again with a smaller "
+                "--memory"
+            ) from error
+
+    def _note(self, asked: str, changed: str, *, epoch: int, step: int) -> None:
+        when = datetime.now().replace(microsecond=0)
+        self.events.append(
+            RunEvent(epoch=epoch, step=step, when=when, asked=asked, changed=changed)
+        )
+        logger.warning("step %d ran out of memory (%s): %s", step, asked, changed)
 
     def _less(self) -> str | None:
         """Take less memory from now on; what was changed, or None where nothing is left."""
         stages = self._stages_kept()
         if stages:
             apply_policy(self.network, dict.fromkeys(stages, "recompute"))
-            return f"{len(stages)} more stages are recomputed in backward"
+            return f"{LASTING}{len(stages)} more stages are recomputed in backward"
         if self._may_split() and isinstance(self.step, WholeBatch):
             self.step = SampleBySample(self.network, self.batch_loss)
-            return f"the {self.batch_size} samples of a batch go through one after the other"
+            return f"{LASTING}{self.batch_size} samples of a batch go one after the other"
         return None
 
     def _stages_kept(self) -> list[str]:
@@ -153,7 +201,7 @@ class Rescue:
         )
 
     def _refusal(self, asked: str, step: int) -> str:
-        tried = [event.changed for event in self.events[:-1]]
+        tried = [event.changed.removeprefix(LASTING) for event in self.events[:-1]]
         if not self._may_split():
             why = "the batch is one sample" if self.batch_size == 1 else "batch norm needs it whole"
             tried.append(f"the batch cannot be split: {why}")
