@@ -86,8 +86,8 @@ def train(
         PlanError: if plan and data set do not fit, minutes and epochs are both or neither set, or
             the device is not here.
         DataError: if `out` is taken, a case cannot be used, or the loss falls at no learning rate.
-        MemoryBudgetError: if a step takes more than the plan's budget, or runs out of memory whatever
-            is recomputed and split.
+        MemoryBudgetError: if a step takes more than the plan's budget, or runs out of memory,
+            whatever is recomputed and split.
     """
     source = "plan" if isinstance(plan, Plan) else plan
     plan, dataset = _opened(plan, dataset)

@@ -159,24 +159,14 @@ class SegmentationModule(pl.LightningModule):  # type: ignore[misc]  # Lightning
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Count hits, predictions and references of each class."""
         del batch_idx
-        scores = self.rescue.score(
-            self._score, *batch, epoch=self.current_epoch, step=self.global_step
-        )
-        terms, overlaps = zip(*scores, strict=True)
-        self.validation_losses.append(self.loss.of_terms(torch.cat(terms)).float())
-        self.overlap += sum(overlaps)
-
-    def _score(self, image: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-        """The terms of the loss, and hits, predictions and references of each class."""
+        image, label = batch
         logits = self.averaged(image)
-        terms = self.loss.terms(logits, label)
+        self.validation_losses.append(self.loss(logits, label).float())
         guess = logits.argmax(dim=1)
         valid = label < self.n_classes
-        counts = [
-            torch.bincount(hits.long(), minlength=self.n_classes)
-            for hits in (guess[valid & (guess == label)], guess[valid], label[valid])
-        ]
-        return terms, torch.stack(counts).cpu()
+        for row, hits in enumerate((guess[valid & (guess == label)], guess[valid], label[valid])):
+            counts = torch.bincount(hits.long(), minlength=self.n_classes)
+            self.overlap[row] += counts.cpu()
 
     def on_validation_epoch_end(self) -> None:
         """Log the Dice of each label and their mean over the labels that occur."""

@@ -10,7 +10,7 @@ import re
 import traceback
 from collections.abc import Callable
 from datetime import datetime
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +25,6 @@ from effseg.training.step import BatchLoss, RandomState, SampleBySample, Step, W
 logger = logging.getLogger("effseg")
 
 LASTING = "from now on "
-
-Scored = TypeVar("Scored")
 
 STAGES = ("encoder", "decoder", "up", "down")
 """Of a `DenseUNet`: all that saves much, in parts none of which lies in another."""
@@ -68,7 +66,6 @@ class Rescue:
 
     Attributes:
         step: how a batch becomes gradients now.
-        scores_whole: whether validation takes a batch at once.
         events: what happened so far.
     """
 
@@ -77,7 +74,6 @@ class Rescue:
         self.batch_loss = batch_loss
         self.batch_size = batch_size
         self.step: Step = WholeBatch(network, batch_loss)
-        self.scores_whole = True
         self.events: list[RunEvent] = []
 
     def run(self, closure: Callable[[], Any], *, epoch: int, step: int) -> Any:
@@ -112,53 +108,6 @@ class Rescue:
             if changed is None:
                 raise MemoryBudgetError(self._refusal(asked, step))
             start.restore()
-
-    def score(
-        self,
-        score: Callable[[Tensor, Tensor], Scored],
-        image: Tensor,
-        label: Tensor,
-        *,
-        epoch: int,
-        step: int,
-    ) -> list[Scored]:
-        """Score a batch of validation: whole, or, once that was refused memory, by samples.
-
-        Args:
-            score: of images and labels, in eval mode; changes nothing.
-            image: (N, C, *S).
-            label: (N, *S).
-            epoch: from 0, for the record.
-            step: from 0, for the record.
-
-        Returns:
-            What `score` returns, of the batch or of each sample.
-
-        Raises:
-            MemoryBudgetError: if a single sample runs out of memory.
-        """
-        if self.scores_whole and len(image) > 1:
-            try:
-                return [score(image, label)]
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-                asked = first_line(error)
-                _drop_frames(error)
-            give_back_memory()
-            self.scores_whole = False
-            changed = f"{LASTING}validation takes one sample after the other"
-            self._note(asked, changed, epoch=epoch, step=step)
-        try:
-            return [score(image[i, None], label[i, None]) for i in range(len(image))]
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            raise MemoryBudgetError(
-                f"validation after step {step} ran out of memory ({first_line(error)}), with one "
-                "sample at a time; free memory that others hold, or plan again with a smaller "
-                "--memory"
-            ) from error
 
     def _note(self, asked: str, changed: str, *, epoch: int, step: int) -> None:
         when = datetime.now().replace(microsecond=0)
