@@ -15,12 +15,12 @@ from safetensors.torch import load_file
 import effseg.memory.heap as heap
 from effseg.errors import MemoryBudgetError, PlanError
 from effseg.memory import stage_policies
-from effseg.networks import DenseUNet
 from effseg.plans import Plan
 from effseg.record import RECORD, RunRecord
 from effseg.training import train
 from effseg.training.callbacks import MemoryWatch
 from effseg.training.module import SegmentationModule
+from effseg.training.step import SampleBySample, Step, WholeBatch
 
 
 def changed(plan: Plan, **parts: object) -> Plan:
@@ -86,8 +86,7 @@ def test_more_than_the_budget_is_warned_of_once(
     with caplog.at_level(logging.WARNING, "effseg"):
         train(tiny_plan, tiny_dataset, out=tmp_path / "run")
     said = [record.getMessage() for record in caplog.records if record.name == "effseg"]
-    assert len(said) == 1
-    assert "training took 2.00 GiB of a budget of 1.00 GiB" in said[0]
+    assert sum("training took 2.00 GiB of a budget of 1.00 GiB" in words for words in said) == 1
 
 
 def test_a_plan_of_mapped_blocks_is_trained_within_them(
@@ -112,17 +111,18 @@ def test_a_plan_of_mapped_blocks_is_trained_within_them(
 
 
 def refuse_forwards(monkeypatch: pytest.MonkeyPatch, *calls: int) -> None:
-    """Memory is refused in these calls of the network's forward in training, from 0."""
-    forward, n_calls = DenseUNet.for_loss, [0]
+    """Memory is refused in these forwards of a batch in training, from 0."""
+    n_calls = [0]
+    for way in (WholeBatch, SampleBySample):
 
-    def refusing(self: DenseUNet, image: torch.Tensor) -> object:
-        n_calls[0] += 1
-        result = forward(self, image)
-        if n_calls[0] - 1 in calls:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        return result
+        def refusing(self: Step, *batch: torch.Tensor, loss=way.loss) -> torch.Tensor:
+            n_calls[0] += 1
+            result = loss(self, *batch)
+            if n_calls[0] - 1 in calls:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+            return result
 
-    monkeypatch.setattr(DenseUNet, "for_loss", refusing)
+        monkeypatch.setattr(way, "loss", refusing)
 
 
 def test_a_run_that_was_short_of_memory_learns_the_same_and_says_so(

@@ -17,7 +17,13 @@ from safetensors.torch import save_file
 
 import effseg
 from effseg.files import written_whole
-from effseg.memory import PeakResident, bytes_beyond_allocator, mapped_blocks, resident_bytes
+from effseg.memory import (
+    PeakResident,
+    bytes_beyond_allocator,
+    give_back_memory,
+    mapped_blocks,
+    resident_bytes,
+)
 from effseg.plans import Plan, format_bytes
 from effseg.record import RunMemory, RunRecord
 from effseg.training.module import SegmentationModule
@@ -98,6 +104,7 @@ class MemoryWatch(pl.Callback):  # type: ignore[misc]
 
     def start(self) -> None:
         """Take the baseline: before the network is built, in the process that trains."""
+        give_back_memory()  # what earlier work left on the heap is no part of it
         self.baseline_bytes = resident_bytes()
 
     def setup(self, trainer: pl.Trainer, pl_module: SegmentationModule, stage: str) -> None:
