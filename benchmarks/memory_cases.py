@@ -14,7 +14,7 @@ from torch import nn
 
 from effseg.networks import MemoryMode, build_network
 from effseg.planner.geometry import stages_for
-from effseg.planner.planning import network_config
+from effseg.planner.wish import network_config
 
 FULL_SIDE = 128
 """Voxels along each axis of the patch whose bytes are traced."""

@@ -22,8 +22,8 @@ from effseg.losses import DiceCELoss
 from effseg.memory import PeakResident, Policy, apply_policy, trace_peak
 from effseg.networks import DenseUNet, build_network
 from effseg.planner.geometry import stages_for
-from effseg.planner.planning import network_config
 from effseg.planner.scaling import scale_of
+from effseg.planner.wish import network_config
 from effseg.types import Shape3
 
 MIB = 2**20
