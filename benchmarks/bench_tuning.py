@@ -20,26 +20,24 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 from bench_inference import Row as Goal
 from bench_inference import fresh, write_rows
-from memory_cases import FULL_SIDE, OTHERS
+from made_up_facts import made_up_facts
+from memory_cases import OTHERS
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import nn
 from tuning_cases import (
     MIB,
-    N_CLASSES,
     NETWORKS,
-    OPTIMIZER,
     Found,
     Taken,
     device_bytes_on_cuda,
     largest_patch,
     n_parameters,
-    ours,
     plain_conv_unet,
+    planned_step_seconds,
     run,
     search,
     step_seconds,
@@ -48,8 +46,7 @@ from tuning_cases import (
 from tuning_results import WORST, Row, put_row, read_rows, rounded
 
 import effseg
-from effseg.losses import DiceCELoss
-from effseg.plans import format_shape
+from effseg.plans import Plan, format_shape
 from effseg.types import Shape3
 
 RESULTS = Path(__file__).parent / "results"
@@ -62,7 +59,6 @@ SIDE, BATCH = 64, 2
 """Of the patch on which seconds are compared."""
 ROUNDS, ROUND_STEPS = 3, 2
 """How often each network's turn comes, and steps of a turn."""
-FLAGSHIP = partial(ours, "b0", FULL_SIDE)
 
 
 def tuned_row(name: str, budget_bytes: int, *, most_steps: int, most_seconds: float) -> Row:
@@ -100,20 +96,9 @@ def tuned_row(name: str, budget_bytes: int, *, most_steps: int, most_seconds: fl
 
 
 @cache
-def flagship_on_card() -> Any:
-    """The tuning of the flagship for the card, two samples in bfloat16."""
-    return effseg.tune(
-        FLAGSHIP,
-        (1, CARD_CASE, CARD_CASE, CARD_CASE),
-        memory=CARD_BYTES,
-        n_classes=N_CLASSES,
-        loss=DiceCELoss(),
-        optimizer=OPTIMIZER,
-        precision="bfloat16",
-        device="cuda",
-        smallest_batch=BATCH,
-        largest_batch=BATCH,
-    )
+def flagship_on_card() -> Plan:
+    """The plan of the flagship for the card."""
+    return effseg.plan(made_up_facts(CARD_CASE), memory=CARD_BYTES, device="cuda", size="b0")
 
 
 def voxels_over(build: Callable[[], nn.Module], multiple: int, *, at_least: float) -> Goal:
@@ -124,8 +109,9 @@ def voxels_over(build: Callable[[], nn.Module], multiple: int, *, at_least: floa
         multiple=multiple,
         most=CARD_CASE,
     )
-    mine: Shape3 = flagship_on_card().patch
-    note = f"{format_shape(mine)} over {format_shape(theirs)}"
+    plan = flagship_on_card()
+    mine: Shape3 = plan.patch_size
+    note = f"{format_shape(mine)}, batch {plan.batch_size}, over {format_shape(theirs)}"
     return Goal(math.prod(mine) / math.prod(theirs), "x", at_least=at_least, note=note)
 
 
@@ -136,8 +122,8 @@ def time_over(build: Callable[[], nn.Module], *, at_most: float) -> Goal:
     theirs: list[float] = []
     for _ in range(ROUNDS):
         for seconds, steps in (
-            (mine, partial(step_seconds, FLAGSHIP, flagship_on_card().policies)),
-            (theirs, partial(step_seconds, build, {})),
+            (mine, partial(planned_step_seconds, flagship_on_card())),
+            (theirs, partial(step_seconds, build)),
         ):
             seconds += fresh(partial(steps, patch=patch, batch=BATCH, n_steps=ROUND_STEPS))
     ours_median, theirs_median = statistics.median(mine), statistics.median(theirs)

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -19,18 +19,20 @@ from torch.optim import AdamW
 import effseg
 from effseg.devices import AUTOCAST
 from effseg.losses import DiceCELoss
-from effseg.memory import PeakResident, Policy, apply_policy, trace_peak
+from effseg.memory import PeakResident, apply_policy, trace_peak
 from effseg.networks import DenseUNet, build_network
 from effseg.planner.geometry import stages_for
 from effseg.planner.scaling import scale_of
 from effseg.planner.wish import network_config
+from effseg.plans import Plan
+from effseg.training.step import SampleBySample, WholeBatch
 from effseg.types import Shape3
 
 MIB = 2**20
 CASE = (1, 192, 192, 192)
 """Channels and voxels of the cases that are tuned for: more than any of the budgets has room for,
 so that it is the budget that bounds the patch."""
-LADDER_MIB = (256, 512, 768, 1024, 1536, 2048, 3072, 4096)
+LADDER_MIB = (320, 512, 768, 1024, 1536, 2048, 3072, 4096)
 STATE_BYTES = 16
 """Of each parameter: itself, its gradient and AdamW's two moments, in float32."""
 ROOM = 1.3
@@ -195,18 +197,29 @@ def load_kernels() -> None:
 
 
 def step_seconds(
-    build: Callable[[], nn.Module],
-    policies: Mapping[str, Policy],
-    *,
-    patch: Shape3,
-    batch: int,
-    n_steps: int,
+    build: Callable[[], nn.Module], *, patch: Shape3, batch: int, n_steps: int
 ) -> list[float]:
-    """Of each of so many steps of a network under policies, after one that warms up."""
-    network = build()
-    apply_policy(network, policies)
-    step = Step(network, patch, batch)
+    """Of each of so many plain steps of a network, after one that warms up."""
+    step = Step(build(), patch, batch)
     return [step.seconds() for _ in range(1 + n_steps)][1:]
+
+
+def planned_step_seconds(plan: Plan, *, patch: Shape3, batch: int, n_steps: int) -> list[float]:
+    """The same of a plan's network, as training takes its steps, in float32."""
+    network = build_network(plan.network)
+    apply_policy(network, plan.policies)
+    step = (SampleBySample if plan.sample_by_sample else WholeBatch)(network, DiceCELoss())
+    optimizer = OPTIMIZER(network.parameters())
+    seconds = []
+    for _ in range(1 + n_steps):
+        image = torch.randn(batch, 1, *patch)
+        label = torch.randint(0, N_CLASSES, (batch, *patch), dtype=torch.uint8)
+        started = time.perf_counter()
+        step.backward(step.loss(image, label))
+        optimizer.step()
+        optimizer.zero_grad()
+        seconds.append(time.perf_counter() - started)
+    return seconds[1:]
 
 
 def device_bytes_on_cuda(build: Callable[[], nn.Module], patch: Shape3, batch: int) -> int:

@@ -305,6 +305,11 @@ class Plan(Config):
     policies: dict[str, Literal["keep", "recompute", "offload"]] = Field(
         default_factory=dict, description="of stages of the network, by module path"
     )
+    sample_by_sample: bool = Field(
+        False,
+        description="samples of a batch go through the network one after the other, twice; the "
+        "loss is still the whole batch's",
+    )
     training: TrainingConfig = TrainingConfig()
     inference: InferenceConfig = InferenceConfig()
     memory: Memory
@@ -340,6 +345,8 @@ class Plan(Config):
             raise ValueError(f"labels have value {twice[0]} twice; each needs one of its own")
         if self.ignore_label in values:
             raise ValueError(f"ignore_label {self.ignore_label} is also a label to predict")
+        if self.sample_by_sample and self.network.norm == "batch":
+            raise ValueError("sample_by_sample is true; batch norm needs a batch as a whole")
         stride = self.network.total_stride
         if any(p % s for p, s in zip(self.patch_size, stride, strict=True)):
             raise ValueError(

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from effseg.errors import DataError, MemoryBudgetError, PlanError
 from effseg.io import write_volume
-from effseg.planner import fingerprint, plan, wish
+from effseg.planner import fingerprint, plan, trace_plan, wish
 from effseg.planner.geometry import shrinking_patches, stages_for, target_spacing
 from effseg.planner.rates import Rates
 from effseg.planner.recipe import learning_rate
@@ -258,3 +259,18 @@ def test_dice_is_of_each_sample_where_sizes_vary(facts: Fingerprint) -> None:
     assert not by_sample.training.loss.dice_over_batch
     assert "9 times as large" in by_sample.reasons["loss"]
     assert by_batch.training.loss.dice_over_batch
+
+
+def test_samples_go_one_after_the_other_where_that_shows_more(facts: Fingerprint) -> None:
+    larger = of_spacings(facts, [(1.0, 1.0, 1.0)] * 2, [(300, 300, 300)] * 2)
+    made = plan(larger, memory="2GiB", device="cuda")
+    assert made.sample_by_sample
+    whole = [one for one in made.alternatives if "one after the other" not in one.choice]
+    assert all(one.seconds is not None for one in whole)
+    peak = trace_plan(made.model_copy(update={"sample_by_sample": False})).device_bytes
+    assert peak is not None
+    assert peak > 2**31 >= made.memory.peak_bytes
+    with pytest.raises(ValidationError, match="batch norm needs a batch as a whole"):
+        Plan.model_validate(
+            made.model_dump() | {"network": made.network.model_dump() | {"norm": "batch"}}
+        )

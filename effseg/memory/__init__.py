@@ -12,6 +12,7 @@ from effseg.memory.free import Free, free_bytes, parse_budget, shared_bytes
 from effseg.memory.heap import give_back_memory, mapped_blocks
 from effseg.memory.measure import measure_peak
 from effseg.memory.policy import Policy, apply_policy, remove_policy, stage_policies
+from effseg.memory.recompute import recompute
 from effseg.memory.report import MemoryEvent, MemoryReport
 from effseg.memory.resident import PeakResident, peak_resident_bytes, resident_bytes
 from effseg.memory.trace import trace_forward, trace_peak
@@ -35,6 +36,7 @@ __all__ = [
     "outermost_stages",
     "parse_budget",
     "peak_resident_bytes",
+    "recompute",
     "remove_policy",
     "resident_bytes",
     "shared_bytes",

@@ -134,6 +134,7 @@ def plan(
         device=device,
         network=config,
         policies=dict(step.policies),
+        sample_by_sample=step.split,
         training=TrainingConfig(
             loss=loss,
             foreground=LESION_FOREGROUND if has_lesions(facts) else FOREGROUND,

@@ -66,7 +66,7 @@ def why_memory(step: Step, budget_bytes: int) -> str:
 
 def why_recompute(step: Step) -> str:
     """What is computed twice, and what for."""
-    if step.policies:
+    if step.policies or step.split:
         return f"{describe(step)}: without, this patch would not fit"
     if step.mode == "plain":
         return "everything fits with nothing computed twice"

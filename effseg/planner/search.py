@@ -34,10 +34,17 @@ LARGER_PATCHES = 4
 
 @dataclass(frozen=True)
 class Rung:
-    """One way to take less memory: the network's own mode, and a policy for all its stages."""
+    """One way to take less memory.
+
+    Attributes:
+        mode: the network's own.
+        policy: for all its stages.
+        split: whether samples of a batch go through the network one after the other.
+    """
 
     mode: MemoryMode
-    policy: Policy
+    policy: Policy = "keep"
+    split: bool = False
 
 
 @dataclass(frozen=True)
@@ -121,21 +128,25 @@ class Search:
         return context * step.batch * math.prod(step.patch) / step.seconds
 
     def step(
-        self, patch: Shape3, batch: int, mode: MemoryMode, policies: Mapping[str, Policy]
+        self,
+        patch: Shape3,
+        batch: int,
+        mode: MemoryMode,
+        policies: Mapping[str, Policy],
+        *,
+        split: bool = False,
     ) -> Step:
         """Trace one candidate."""
         network = self.subject.network(patch, mode)
         apply_policy(network, policies)
-        return self._weigh(patch, batch, mode, policies, self._traced(network, patch, batch))
-
-    def _traced(self, network: nn.Module, patch: Shape3, batch: int) -> MemoryReport:
-        return self.subject.trace(network, patch, batch)
+        report = self.subject.trace(network, patch, batch, split=split)
+        return self._weigh(patch, batch, Rung(mode, split=split), policies, report)
 
     def _weigh(
         self,
         patch: Shape3,
         batch: int,
-        mode: MemoryMode,
+        rung: Rung,
         policies: Mapping[str, Policy],
         report: MemoryReport,
     ) -> Step:
@@ -150,7 +161,8 @@ class Search:
         return Step(
             patch=patch,
             batch=batch,
-            mode=mode,
+            mode=rung.mode,
+            split=rung.split,
             policies=dict(policies),
             report=report,
             peak_bytes=predicted_peak(report, device=self.device, heap=heap, beside_bytes=beside),
@@ -164,9 +176,13 @@ class Search:
     def _rungs(self) -> list[Rung]:
         """From the fastest to the one that takes least."""
         *_, least = self.subject.modes
-        rungs = [*(Rung(mode, "keep") for mode in self.subject.modes), Rung(least, "recompute")]
+        split = self.subject.can_split
+        rungs = [Rung(mode) for mode in self.subject.modes]
+        if split:  # takes less than the recomputation of stages, for the same second forward
+            rungs.append(Rung(least, split=True))
+        rungs.append(Rung(least, "recompute", split))
         if self.device == "cuda":
-            rungs.append(Rung(least, "offload"))
+            rungs.append(Rung(least, "offload", split))
         return rungs
 
     def _at(self, index: int, rung: Rung, batch: int | None = None) -> Step:
@@ -175,7 +191,9 @@ class Search:
             policies: dict[str, Policy] = {}
             if rung.policy != "keep":
                 policies = dict.fromkeys(self._outermost(patch, rung.mode), rung.policy)
-            self._known[patch, batch, rung] = self.step(patch, batch, rung.mode, policies)
+            self._known[patch, batch, rung] = self.step(
+                patch, batch, rung.mode, policies, split=rung.split
+            )
         return self._known[patch, batch, rung]
 
     def _outermost(self, patch: Shape3, mode: MemoryMode) -> list[str]:
@@ -185,7 +203,7 @@ class Search:
             if paths.issuperset(known):
                 return known
         index = self.patches.index(patch)
-        stages = outermost_stages(network, self._at(index, Rung(mode, "keep")).report)
+        stages = outermost_stages(network, self._at(index, Rung(mode)).report)
         self._stages[patch, mode] = stages
         return stages
 
@@ -198,7 +216,7 @@ class Search:
         patches = list(self.patches)
         if self.longest is None:
             return patches
-        first = self._at(0, Rung(self.subject.modes[-1], "keep"))
+        first = self._at(0, Rung(self.subject.modes[-1]))
         share = self.longest.share(first)
         if share <= 1:
             return patches
@@ -213,7 +231,7 @@ class Search:
         """
         found: dict[Rung, int] = {}
         for rung in self._rungs():
-            if rung.policy != "keep" and 0 in found.values():
+            if (rung.policy != "keep" or rung.split) and 0 in found.values():
                 break
             index = self._largest(rung)
             if index is not None:
@@ -253,30 +271,30 @@ class Search:
 
     def _with_fewer_stages(self, step: Step, index: int, rung: Rung) -> tuple[Step, int]:
         """Look for better between two rungs: some of the stages recomputed, or a larger patch."""
-        best = self._partly(index, rung.mode) if rung.policy != "keep" else step
+        best = self._partly(index, rung) if rung.policy != "keep" else step
         if best is None or self.score(best) <= self.score(step):
             best = step
-        mode = self.subject.modes[-1]
         for larger in range(index - 1, max(-1, index - 1 - LARGER_PATCHES), -1):
-            found = self._partly(larger, mode)
+            found = self._partly(larger, rung)
             if found is None:
                 break
             if self.score(found) > self.score(best):
                 best, index = found, larger
         return best, index
 
-    def _partly(self, index: int, mode: MemoryMode) -> Step | None:
+    def _partly(self, index: int, rung: Rung) -> Step | None:
         """A patch with the least recomputed that makes it fit; None where nothing does."""
         patch = self.patches[index]
-        least = Rung(mode, "recompute")
-        if not self._fits(self._at(index, least)):
+        rung = Rung(self.subject.modes[-1], split=rung.split)
+        if not self._fits(self._at(index, replace(rung, policy="recompute"))):
             return None
-        network = self.subject.network(patch, mode)
+        network = self.subject.network(patch, rung.mode)
         steps: list[Step] = []
 
         def trace(candidate: nn.Module) -> MemoryReport:
-            report = self._traced(candidate, patch, self.smallest_batch)
-            steps.append(self._weigh(patch, self.smallest_batch, mode, {}, report))
+            batch = self.smallest_batch
+            report = self.subject.trace(candidate, patch, batch, split=rung.split)
+            steps.append(self._weigh(patch, batch, rung, {}, report))
             return replace(report, peak_bytes=steps[-1].peak_bytes)
 
         policies = choose_policy(
@@ -289,7 +307,7 @@ class Search:
         for batch in range(self.largest_batch, step.batch, -1):
             if self.longest is not None and self.longest.share(step) * batch > step.batch:
                 continue
-            larger = self.step(step.patch, batch, step.mode, step.policies)
+            larger = self.step(step.patch, batch, step.mode, step.policies, split=step.split)
             if self._fits(larger):
                 return larger
         return step
@@ -339,4 +357,6 @@ def describe(step: Step) -> str:
     )
     if n_stages:
         how = f"{n_stages} stages {'offloaded' if kinds == ['offload'] else 'recomputed'}"
+    if step.split:
+        how += ", samples one after the other"
     return f"patch {format_shape(step.patch)}, batch {step.batch}, {how}"

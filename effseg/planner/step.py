@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from torch.optim import AdamW
 
 from effseg.devices import AUTOCAST, DeviceKind, Precision, device_kind
 from effseg.losses import DeepSupervisionLoss, build_loss
-from effseg.memory import MemoryReport, Policy, apply_policy, trace_peak
+from effseg.memory import MemoryReport, Policy, apply_policy, recompute, trace_peak
 from effseg.networks import DenseUNet, MemoryMode, build_network
 from effseg.plans import LossConfig, NetworkConfig, Plan
 from effseg.types import Shape3
@@ -37,6 +37,7 @@ class Step:
         patch: voxels.
         batch: samples.
         mode: of the network's memory.
+        split: whether samples of a batch go through the network one after the other.
         policies: of its stages, by path.
         report: as traced.
         peak_bytes: predicted of the training, with what is no tensor.
@@ -47,6 +48,7 @@ class Step:
     patch: Shape3
     batch: int
     mode: MemoryMode
+    split: bool
     policies: Mapping[str, Policy]
     report: MemoryReport
     peak_bytes: int
@@ -59,16 +61,23 @@ class Subject(Protocol):
 
     Attributes:
         modes: of the network's memory, from the fastest to the one that takes least.
+        can_split: whether samples may go through the network one after the other.
     """
 
     @property
     def modes(self) -> tuple[MemoryMode, ...]:
         """Of the network's memory."""
 
+    @property
+    def can_split(self) -> bool:
+        """Whether samples may go through the network one after the other."""
+
     def network(self, patch: Shape3, mode: MemoryMode) -> nn.Module:
         """The network for patches of this size, on the meta device or without weights to keep."""
 
-    def trace(self, network: nn.Module, patch: Shape3, batch: int) -> MemoryReport:
+    def trace(
+        self, network: nn.Module, patch: Shape3, batch: int, *, split: bool = False
+    ) -> MemoryReport:
         """The memory of a step of this network, under the policies that it has."""
 
 
@@ -90,46 +99,84 @@ class Flagship:
     precision: Precision
     device: DeviceKind
     modes: tuple[MemoryMode, ...] = field(default=("plain", "shared"))
+    can_split: bool = True
 
     def network(self, patch: Shape3, mode: MemoryMode) -> DenseUNet:
         """The network for patches of this size; its weights hold nothing."""
         with torch.device("meta"):
             return build_network(self.build_config(patch, mode))
 
-    def trace(self, network: nn.Module, patch: Shape3, batch: int) -> MemoryReport:
+    def trace(
+        self, network: nn.Module, patch: Shape3, batch: int, *, split: bool = False
+    ) -> MemoryReport:
         """The memory of a step, modules named from the network on."""
         assert isinstance(network, DenseUNet)
         n_classes = network.config.out_channels
-        loss = build_loss(
+        loss: Any = build_loss(
             self.loss, ignore_label=n_classes if self.ignored else None, n_classes=n_classes
         )
+        if network.config.deep_supervision:
+            loss = DeepSupervisionLoss(loss)
+        runner = _SampleBySample(network, loss) if split else _WholeBatch(network, loss)
         report = trace_peak(
-            _ForLoss(network),
+            runner,
             (batch, network.config.in_channels, *patch),
-            loss=DeepSupervisionLoss(loss) if network.config.deep_supervision else loss,
+            loss=type(runner).loss,
             label_shape=(batch, *patch),
             label_dtype=torch.uint8,
             optimizer=partial(AdamW, lr=1e-3),
             autocast=AUTOCAST[self.precision],
             device=self.device,
         )
-        outer, name = f"{_ForLoss.__name__}.network", type(network).__name__
+        outer, name = f"{type(runner).__name__}.network", type(network).__name__
         timeline = (
             replace(event, module=event.module.replace(outer, name, 1)) for event in report.timeline
         )
         return replace(report, timeline=tuple(timeline))
 
 
-class _ForLoss(nn.Module):
-    """The network as a step of training runs it."""
+class _WholeBatch(nn.Module):
+    """A network as a step of training runs it; gives itself and what the loss reads."""
 
-    def __init__(self, network: DenseUNet) -> None:
+    def __init__(self, network: DenseUNet, batch_loss: nn.Module) -> None:
         super().__init__()
         self.network = network
+        self.batch_loss = batch_loss
 
-    def forward(self, image: Tensor) -> Any:
-        """What the loss reads."""
-        return self.network.for_loss(image)
+    def forward(self, image: Tensor) -> tuple[Self, Any]:
+        """What `loss` takes."""
+        return self, self.network.for_loss(image)
+
+    @staticmethod
+    def loss(output: tuple[Any, Any], labels: Tensor) -> Tensor:
+        """Of the batch."""
+        runner, outputs = output
+        value: Tensor = runner.batch_loss(outputs, labels)
+        return value
+
+
+class _SampleBySample(_WholeBatch):
+    """As training runs samples one after the other: each once more when backward comes to it."""
+
+    def forward(self, image: Tensor) -> tuple[Self, Any]:
+        """What `loss` takes: nothing is computed yet."""
+        return self, image
+
+    @staticmethod
+    def loss(output: tuple[Any, Any], labels: Tensor) -> Tensor:
+        """Of the batch, from the sums of each sample."""
+        runner, images = output
+
+        def terms(image: Tensor, label: Tensor) -> Tensor:
+            rows: Tensor = runner.batch_loss.terms(runner.network.for_loss(image), label)
+            return rows
+
+        rows = [
+            recompute(runner.network, terms, images[i, None], labels[i, None])
+            for i in range(len(images))
+        ]
+        value: Tensor = runner.batch_loss.of_terms(torch.cat(rows))
+        return value
 
 
 def trace_plan(plan: Plan) -> MemoryReport:
@@ -147,7 +194,7 @@ def trace_plan(plan: Plan) -> MemoryReport:
     )
     network = subject.network(plan.patch_size, plan.network.memory)
     apply_policy(network, plan.policies)
-    return subject.trace(network, plan.patch_size, plan.batch_size)
+    return subject.trace(network, plan.patch_size, plan.batch_size, split=plan.sample_by_sample)
 
 
 def beside_training(report: MemoryReport, device: DeviceKind) -> int:

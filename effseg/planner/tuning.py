@@ -194,14 +194,18 @@ class _AnyNetwork:
     precision: Precision
     device: DeviceKind
     modes: tuple[MemoryMode, ...] = ("plain",)
+    can_split: bool = False
 
     def network(self, patch: Shape3, mode: MemoryMode) -> nn.Module:
         """A new one; it is traced in training mode."""
         del patch, mode
         return self.build().train()
 
-    def trace(self, network: nn.Module, patch: Shape3, batch: int) -> MemoryReport:
-        """The memory of a step."""
+    def trace(
+        self, network: nn.Module, patch: Shape3, batch: int, *, split: bool = False
+    ) -> MemoryReport:
+        """The memory of a step; what the loss reads of a sample is not known, so none is split."""
+        assert not split
         return trace_peak(
             network,
             (batch, self.n_channels, *patch),

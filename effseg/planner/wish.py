@@ -81,7 +81,7 @@ def sized(wish: Wish) -> tuple[Scale, Answer]:
     scale = scale_of(SIZES[0])
     answer = wish.search(scale).run()
     step = answer.step
-    if answer.too_large is not None or step.policies or step.mode != "plain":
+    if answer.too_large is not None or step.policies or step.split:
         return scale, answer
 
     def is_too_large(size: str) -> bool:

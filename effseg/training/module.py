@@ -71,6 +71,7 @@ class SegmentationModule(pl.LightningModule):  # type: ignore[misc]  # Lightning
             self.network,
             DeepSupervisionLoss(loss) if plan.network.deep_supervision else loss,
             batch_size=plan.batch_size,
+            split=plan.sample_by_sample,
         )
         self.clock = Clock(plan.training)
         self.overlap = torch.zeros(3, self.n_classes, dtype=torch.int64)

@@ -63,17 +63,20 @@ class Rescue:
         network: that is trained; recomputation is raised on its stages.
         batch_loss: of its outputs.
         batch_size: samples of a batch.
+        split: whether its samples go one after the other from the start.
 
     Attributes:
         step: how a batch becomes gradients now.
         events: what happened so far.
     """
 
-    def __init__(self, network: DenseUNet, batch_loss: BatchLoss, *, batch_size: int) -> None:
+    def __init__(
+        self, network: DenseUNet, batch_loss: BatchLoss, *, batch_size: int, split: bool = False
+    ) -> None:
         self.network = network
         self.batch_loss = batch_loss
         self.batch_size = batch_size
-        self.step: Step = WholeBatch(network, batch_loss)
+        self.step: Step = (SampleBySample if split else WholeBatch)(network, batch_loss)
         self.events: list[RunEvent] = []
 
     def run(self, closure: Callable[[], Any], *, epoch: int, step: int) -> Any:
