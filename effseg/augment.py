@@ -17,7 +17,7 @@ from monai.transforms import AdjustContrast, AffineGrid, Resample
 from torch import Tensor
 from torch.nn import functional as F
 
-from effseg.errors import DataError, GeometryError, PlanError
+from effseg.errors import DataError, GeometryError
 from effseg.plans import AugmentConfig
 from effseg.types import Array, FloatArray, Spacing
 
@@ -139,15 +139,7 @@ def build_augmentation(
         config: chances and ranges.
         spacing: what the network sees, `Plan.spacing`.
         fill_label: for voxels that an affine brings in from outside, `Plan.ignore_label`.
-
-    Raises:
-        PlanError: if the zooms are not 0 < smallest <= largest.
     """
-    low, high = config.scale
-    if not 0 < low <= high:
-        raise PlanError(
-            f"augment.scale {config.scale}; expected the smallest zoom, above 0, then the largest"
-        )
     return Augmentation(config=config, spacing=spacing, fill_label=fill_label)
 
 

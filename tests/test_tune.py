@@ -46,7 +46,7 @@ class UserNetwork(nn.Module):
 
 @pytest.fixture(autouse=True)
 def _cache_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(rates, "_cache", lambda: tmp_path / "effseg")
 
 
 tune = partial(effseg.tune, UserNetwork, (1, 256, 256, 256), precision="float32", device="cpu")

@@ -1,8 +1,8 @@
 """`effseg plan`, for one budget or for several side by side."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -107,13 +107,12 @@ def _plan(
     *,
     device: str | None,
     size: Size | None,
-    **choices: Any,
+    progress: Callable[[int, int, str], None] | None = None,
 ) -> "Plan":
     from effseg.planner import plan as make_plan
 
-    if size is not None:
-        choices["size"] = size.value
-    return make_plan(dataset, memory=memory, device=device, **choices)
+    chosen = None if size is None else size.value
+    return make_plan(dataset, memory=memory, device=device, size=chosen, progress=progress)
 
 
 def _read(dataset: Path) -> "Dataset":

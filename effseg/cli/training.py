@@ -1,7 +1,7 @@
 """`effseg train`."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -48,7 +48,6 @@ def train(
         assert memory is not None
         made = planned(found, memory, device=device, size=size)
     print_plan(made)
-    choices: dict[str, Any] = {"find_lr": True} if find_lr else {}
     with training_bars(len(found.cases)) as (preparing, progress):
         run = training.train(
             made if plan is None else plan,  # by its file it is called by its file
@@ -62,7 +61,7 @@ def train(
             seed=seed,
             preparing=preparing,
             progress=progress,
-            **choices,
+            find_lr=find_lr,
         )
     from effseg.report import write_report
     from effseg.validation import validate

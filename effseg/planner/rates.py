@@ -1,7 +1,6 @@
 """How fast a machine computes and moves: what turns the work of a step into seconds."""
 
 import json
-import os
 import platform
 import time
 from collections.abc import Callable
@@ -65,7 +64,7 @@ def machine_rates(device: DeviceKind, precision: Precision) -> Rates:
     """The rates of this machine: the best that were ever measured on it.
 
     They are measured when a process first asks, in less than a second, and the best are kept in
-    `$XDG_CACHE_HOME/effseg/rates.json` (`~/.cache`) by processor, number of threads, torch and
+    `~/.cache/effseg/rates.json` by processor, number of threads, torch and
     precision: a machine that was busy once is not called slow for ever.
     """
     if device == "cuda" and not torch.cuda.is_available():
@@ -97,7 +96,7 @@ def _best_ever(device: DeviceKind, precision: Precision) -> Rates:
 
 
 def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "effseg"
+    return Path.home() / ".cache" / "effseg"
 
 
 def _remembered(path: Path) -> dict[str, Rates]:
