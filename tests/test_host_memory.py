@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from effseg.memory import trace_forward, trace_peak
-from effseg.memory.host_workspace import HOST_BYTES, VECTOR_BYTES
+from effseg.memory.host_workspace import HOST_BYTES, PRODUCT_BYTES, VECTOR_BYTES
 
 WIDTH = VECTOR_BYTES.get(torch.backends.cpu.get_cpu_capability(), 4) // 4
 """Channels of float32 in a vector."""
@@ -79,6 +79,28 @@ def test_a_step_counts_scratch_where_it_is_needed_and_no_optimizer_state_twice()
     wide = nn.Sequential(nn.Conv3d(1, 2, 3, padding=1), nn.Flatten(), nn.Linear(2 * 8**3, 4000))
     report = trace_peak(wide, (2, 1, 8, 8, 8), device="cpu", optimizer=torch.optim.AdamW)
     assert report.device_bytes == report.peak_bytes + HOST_BYTES
+
+
+@pytest.mark.parametrize("innermost", [False, True])
+def test_in_bfloat16_backward_turns_what_it_multiplies(innermost):
+    conv = nn.Conv3d(16, 32, 3, padding=1, bias=False)
+    if innermost:
+        conv = conv.to(memory_format=torch.channels_last_3d)
+    report = trace_peak(conv, (2, 16, 8, 8, 8), device="cpu", autocast=torch.bfloat16)
+    values = 2 * (16 + 32) * 8**3
+    copies = 0 if innermost else values + 16 * 32 * 27
+    scratch = report.device_bytes - HOST_BYTES - report.peak_bytes
+    assert 2 * values <= scratch + 2**16
+    assert scratch <= 2 * (values + copies)
+
+
+def test_compiled_products_of_short_types_stay():
+    linear = nn.Sequential(nn.Linear(64, 48), nn.Linear(48, 64), nn.Linear(64, 48))
+    kept = [
+        trace_forward(linear, (32, 64), device="cpu", autocast=dtype).device_bytes
+        for dtype in (None, torch.bfloat16)
+    ]
+    assert kept[1] - kept[0] == pytest.approx(2 * PRODUCT_BYTES, rel=0.05)  # two shapes
 
 
 STEP = """

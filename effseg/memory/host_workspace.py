@@ -8,12 +8,13 @@ torch's own kernel, for small single samples, lays out a column of each voxel's 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from effseg.kernels.tiles import tile_length
 from effseg.memory.shapes import convolution_layout
 
 HOST_BYTES = 16 * 2**20
@@ -23,27 +24,78 @@ VECTOR_BYTES = {"AVX512": 64, "AVX2": 32}
 """By `torch.backends.cpu.get_cpu_capability()`; channels fill such a vector of float32, and as many
 of them those of shorter types."""
 
+PRODUCT_BYTES = 563 * 1024
+"""What oneDNN keeps of a matrix product in bfloat16 that it has compiled, for each shape: measured
+over two hundred shapes on AVX512. In float32 it keeps next to nothing."""
+PRODUCTS = {
+    "aten::mm": 1,
+    "aten::addmm": 1,
+    "aten::bmm": 1,
+    "effseg::affine_act_linear": 1,
+    "effseg::affine_act_linear_backward": 2,
+    "effseg::head_sums": 1,
+    "effseg::head_sums_backward": 2,
+}
+"""How many shapes of matrix products an operator computes."""
 BLOCKED = {"Mkldnn", "MkldnnTranspose"}
 COLUMNS = {"Slow2d", "Slow3d"}
 
 
-def scratch_bytes(name: str, args: Sequence[Any], result: Any) -> int:
-    """What an operator takes while it runs, beside its arguments and results.
+class HostWorkspace:
+    """What operators take on a CPU beside tensors; of one trace, since some of it stays.
 
-    Args:
-        name: the schema's, `aten::convolution`.
-        args: of the call; of tensors, shapes and strides are looked at.
-        result: of the call.
+    Attributes:
+        kept_bytes: what stays: compiled matrix products of shorter types.
     """
-    if name == "aten::convolution":
-        inputs, weight, bias, *options = args
-        return _of_convolution(result, inputs, weight, bias, options)
-    if name == "aten::convolution_backward":
-        gradient, inputs, weight, _, *options, (to_inputs, *_) = args
-        return _of_convolution(
-            gradient, inputs, weight, None, options, backward=True, to_inputs=to_inputs
-        )
-    return 0
+
+    def __init__(self) -> None:
+        self._products: dict[Any, int] = {}
+
+    @property
+    def kept_bytes(self) -> int:
+        """Of all operators so far."""
+        return PRODUCT_BYTES * sum(self._products.values())
+
+    def __call__(self, name: str, args: Sequence[Any], result: Any) -> int:
+        """What an operator takes while it runs, beside its arguments and results.
+
+        Args:
+            name: the schema's, `aten::convolution`.
+            args: of the call; of tensors, shapes and strides are looked at.
+            result: of the call.
+        """
+        if name == "aten::convolution":
+            inputs, weight, bias, *options = args
+            return _of_convolution(result, inputs, weight, bias, options)
+        if name == "aten::convolution_backward":
+            gradient, inputs, weight, _, *options, (to_inputs, *_) = args
+            return _of_convolution(
+                gradient, inputs, weight, None, options, backward=True, to_inputs=to_inputs
+            )
+        if name in PRODUCTS:
+            tensors = list(_tensors(args))
+            if tensors[0].element_size() == 2:
+                shapes = tuple(tensor.shape for tensor in tensors)
+                self._products[name, shapes] = PRODUCTS[name] * _n_lengths(name, args[0])
+        return 0
+
+
+def _n_lengths(name: str, rows: Tensor | Sequence[Tensor]) -> int:
+    """How many lengths the tiles of our own operators have; they differ by one voxel at most."""
+    if not name.startswith("effseg::"):
+        return 1
+    segments = [rows] if isinstance(rows, Tensor) else rows
+    n_voxels = segments[0].shape[1]
+    step = tile_length(sum(segment.shape[2] for segment in segments), "cpu")
+    return 1 if n_voxels % -(-n_voxels // step) == 0 else 2
+
+
+def _tensors(values: Sequence[Any]) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)
 
 
 def _of_convolution(
@@ -69,8 +121,16 @@ def _of_convolution(
             return 0  # the input is its own columns; their gradient is a tensor apart all the same
         places = output.shape[0] * math.prod(output.shape[2:])
         return weight[0].numel() * places * weight.element_size()
+    if kernel not in BLOCKED:
+        return 0
+    turned = 0
+    if backward and weight.element_size() == 2 and math.prod(weight.shape[2:]) > 1:
+        # shorter types are turned, two voxels into one register, for the gradient of the weights
+        fills = inputs.shape[1] >= _channels_of_a_vector()
+        inner = _blocked_bytes(inputs) if fills else inputs.numel() * inputs.element_size()
+        turned = (inner + _blocked_bytes(output)) // max(stride)
     layout = convolution_layout(inputs, weight, bias, options, device="cpu")
-    if kernel in BLOCKED and layout == torch.contiguous_format:
+    if layout == torch.contiguous_format:
         in_place = (
             not to_inputs
             and not transposed
@@ -79,8 +139,8 @@ def _of_convolution(
             and math.prod(weight.shape[2:]) > 1
         )
         copied = (output, weight) if in_place else (inputs, output, weight)
-        return sum(map(_blocked_bytes, copied))
-    return 0
+        return turned + sum(map(_blocked_bytes, copied))
+    return turned
 
 
 def _blocked_bytes(tensor: Tensor) -> int:

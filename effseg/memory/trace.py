@@ -15,7 +15,7 @@ from effseg.errors import PlanError
 from effseg.memory.cuda_rules import CudaRules
 from effseg.memory.cuda_workspace import CudaCard
 from effseg.memory.hollow import HollowFunctions, HollowMode, hollow, hollow_empty
-from effseg.memory.host_workspace import HOST_BYTES, scratch_bytes
+from effseg.memory.host_workspace import HOST_BYTES, HostWorkspace
 from effseg.memory.report import MemoryReport
 from effseg.memory.shapes import UnknownValueError
 from effseg.memory.simulated import SimulatedCard
@@ -74,7 +74,8 @@ def trace_peak(
     _check_shapes(input_shape, label_shape)
     _check_not_compiled(module)
     simulated = SimulatedCard(card or CudaCard()) if device == "cuda" else None
-    with _hollow_world(module, device, simulated) as tracker:
+    host = HostWorkspace() if device == "cpu" else None
+    with _hollow_world(module, device, simulated, host) as tracker:
         net = _hollow_copy(module)
         batch = hollow_empty(tuple(input_shape), _input_dtype(net))
         labels = [] if label_shape is None else [hollow_empty(tuple(label_shape), label_dtype)]
@@ -101,8 +102,8 @@ def trace_peak(
             # the next step, beside an optimizer's state that lies where activations lay before
             simulated.repeat(slice(start, stop), slice(resume, None))
             report = _on_card(report, simulated)
-        else:
-            report = _on_host(report, tracker)
+        if host is not None:
+            report = _on_host(report, tracker, host)
     return report
 
 
@@ -132,14 +133,18 @@ def trace_forward(
     _check_shapes(input_shape, None)
     _check_not_compiled(module)
     simulated = SimulatedCard(card or CudaCard()) if device == "cuda" else None
-    with _hollow_world(module, device, simulated) as tracker, torch.no_grad():
+    host = HostWorkspace() if device == "cpu" else None
+    with _hollow_world(module, device, simulated, host) as tracker, torch.no_grad():
         net = _hollow_copy(module).eval()
         batch = hollow_empty(tuple(input_shape), _input_dtype(net))
         tracker.adopt((*net.parameters(), *net.buffers(), batch))
         with tracker, _autocast(autocast, device):
             net(batch)
     report = tracker.report()
-    return _on_host(report, tracker) if simulated is None else _on_card(report, simulated)
+    if host is not None:
+        return _on_host(report, tracker, host)
+    assert simulated is not None
+    return _on_card(report, simulated)
 
 
 def _requests(simulated: SimulatedCard | None) -> int:
@@ -152,17 +157,20 @@ def _on_card(report: MemoryReport, simulated: SimulatedCard) -> MemoryReport:
     )
 
 
-def _on_host(report: MemoryReport, tracker: MemoryTracker) -> MemoryReport:
-    return replace(report, device_bytes=tracker.working_bytes + HOST_BYTES)
+def _on_host(report: MemoryReport, tracker: MemoryTracker, host: HostWorkspace) -> MemoryReport:
+    taken = tracker.working_bytes + HOST_BYTES + host.kept_bytes
+    return replace(report, device_bytes=taken)
 
 
 @contextmanager
 def _hollow_world(
-    module: nn.Module, device: DeviceKind, simulated: SimulatedCard | None
+    module: nn.Module,
+    device: DeviceKind,
+    simulated: SimulatedCard | None,
+    host: HostWorkspace | None,
 ) -> Iterator[MemoryTracker]:
     """Where new tensors are hollow, with a tracker; what needs values is refused by name."""
-    scratch = scratch_bytes if device == "cpu" else None
-    tracker = MemoryTracker(card=simulated, scratch=scratch, work=Work())
+    tracker = MemoryTracker(card=simulated, scratch=host, work=Work())
     try:
         with torch.random.fork_rng(devices=()), HollowFunctions(), HollowMode(device=device):
             yield tracker

@@ -227,18 +227,17 @@ class Search:
         return [patch for patch in patches if math.prod(patch) <= most] or patches[-1:]
 
     def _found(self) -> dict[Rung, int]:
-        """The first patch that fits on each rung; none further down once all there is to see fits.
+        """The first patch that fits on each rung that may be worth it.
 
         Raises:
             MemoryBudgetError: if none fits on any.
         """
         found: dict[Rung, int] = {}
         for rung in self._rungs():
-            if (rung.policy != "keep" or rung.split) and 0 in found.values():
-                break
-            index = self._largest(rung)
-            if index is not None:
-                found[rung] = index
+            if self._may_be_best(rung, found):
+                index = self._largest(rung)
+                if index is not None:
+                    found[rung] = index
         if found:
             return found
         smallest = min(
@@ -251,6 +250,20 @@ class Search:
             f"{format_shape(smallest.patch)} at batch {smallest.batch}, takes "
             f"{format_bytes(smallest.peak_bytes)}: --memory {needed}MiB would do"
         )
+
+    def _may_be_best(self, rung: Rung, found: Mapping[Rung, int]) -> bool:
+        """Whether a rung could show more than those before, as one trace of it tells.
+
+        Not once they show all there is to see, unless it keeps all as well; nor where its bytes
+        fall by less than its seconds grow: scores grow with voxels, and so do bytes.
+        """
+        if not found or (rung.policy == "keep" and not rung.split):
+            return True
+        if 0 in found.values():
+            return False
+        best = max(self.score(self._at(i, known)) for known, i in found.items())
+        here = self._at(min(found.values()), rung)
+        return self.score(here) * self.budget_bytes > best * here.peak_bytes
 
     def _largest(self, rung: Rung) -> int | None:
         """The first patch that fits; bytes grow with voxels, so each trace tells where to look."""
