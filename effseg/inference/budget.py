@@ -11,6 +11,7 @@ from effseg.devices import DeviceKind
 from effseg.errors import MemoryBudgetError
 from effseg.memory import parse_budget
 from effseg.plans import format_bytes
+from effseg.postprocess import COMPONENT_BYTES
 from effseg.preprocess import Frame, preparing_bytes
 from effseg.resample import SLAB_PLANES, labelling_bytes
 from effseg.tiling import frontier, padded_shape, sweep_axis
@@ -20,9 +21,6 @@ logger = logging.getLogger("effseg")
 
 RUNTIME_BYTES = 12 << 20
 """What libraries keep of their own once they were used: threads, kernels, heaps in pieces."""
-
-COMPONENT_BYTES = 48 << 20
-"""What `ComponentStream` works with: a block of planes, and packed runs up to its own limit."""
 
 Sums = Literal["device", "host", "disk"]
 Reading = Literal["given", "whole", "streamed"]

@@ -17,6 +17,7 @@ from effseg.memory import MemoryReport, trace_forward
 from effseg.networks import build_network
 from effseg.planner.step import TRAINER_BYTES, beside_training, predicted_peak
 from effseg.plans import AugmentConfig, Plan
+from effseg.postprocess import COMPONENT_BYTES
 from effseg.preprocess import Frame, preparing_bytes
 from effseg.types import Shape3
 
@@ -31,8 +32,6 @@ WHOLE_BYTES = 64 * 2**20
 is gone through twice, and so inflated once."""
 SLAB_VOXELS = 2**20
 """Of a label map, made into class indices and searched for components at once."""
-COMPONENT_BYTES = 48 * 2**20
-"""What `ComponentStream` works with."""
 SCORING_BYTES, COUNTING_BYTES = 27, 52
 """A voxel, of what a validation patch is scored with: image, label and masks beside the logits; and
 where there are few of these, the 64-bit indices of its guesses. Measured at 3 to 118 classes."""

@@ -8,10 +8,11 @@ voxel.
 
 from effseg.postprocess.components import foreground_box, label_components, remove_components
 from effseg.postprocess.rules import DEFAULT_FRACTION, Removal, describe
-from effseg.postprocess.stream import ComponentStream
+from effseg.postprocess.stream import COMPONENT_BYTES, ComponentStream
 from effseg.postprocess.table import Component
 
 __all__ = [
+    "COMPONENT_BYTES",
     "DEFAULT_FRACTION",
     "Component",
     "ComponentStream",

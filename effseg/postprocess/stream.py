@@ -21,6 +21,8 @@ from effseg.types import Array
 BLOCK_VOXELS = 1 << 21
 """Worked on at once: what a block takes does not grow with the slabs, and stays near the cache."""
 
+COMPONENT_BYTES = 48 << 20
+"""What a stream works with in all: a block of planes, and packed runs up to their limit."""
 KEPT_IN_MEMORY_BYTES = 16 << 20
 """Of packed runs, before they move to a file: more than a torso with a hundred organs takes."""
 
