@@ -185,7 +185,7 @@ def test_on_a_cpu_a_whole_case_may_take_half_a_step(facts: Fingerprint) -> None:
     made = plan(cube, memory="4GiB", device="cpu")
     assert made.patch_size == (48, 48, 48)
     assert made.batch_size == 2
-    assert "while a step takes 0.8 s at most" in made.reasons["batch_size"]
+    assert ", while a step takes 0.8 s at most" in made.reasons["batch_size"]
 
 
 def test_a_size_grows_depth_width_and_what_it_sees() -> None:

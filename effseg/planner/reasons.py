@@ -29,10 +29,11 @@ def why_patch(answer: Answer, median: Shape3, wish: Wish) -> str:
 def why_batch(answer: Answer, wish: Wish) -> str:
     """The batch, and what its step takes."""
     step = answer.step
-    short = wish.device == "cpu" and step.batch < LARGEST_BATCH
+    longer = wish.pace.share(step) * (step.batch + 1) > step.batch
+    short = wish.device == "cpu" and step.batch < LARGEST_BATCH and longer
     return (
         f"at least 2, at most {LARGEST_BATCH}, after the patch"
-        + (f" and while a step takes {CPU_STEP_SECONDS:g} s at most" if short else "")
+        + (f", while a step takes {CPU_STEP_SECONDS:g} s at most" if short else "")
         + f"; {step.batch} samples take {format_bytes(step.peak_bytes)} of "
         f"{format_bytes(wish.budget_bytes)} and about {step.seconds:.2g} s "
         f"({wish.rates.why})"
