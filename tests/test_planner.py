@@ -110,6 +110,7 @@ def test_a_plan_fits_its_budget_and_says_why(facts: Fingerprint, memory) -> None
     assert Plan.model_validate_json(made.model_dump_json()) == made
 
 
+@pytest.mark.slow
 def test_more_memory_sees_more(facts: Fingerprint) -> None:
     larger = of_spacings(facts, [(1.0, 1.0, 1.0)] * 2, [(90, 100, 80)] * 2)
     # for a card: on a CPU the time of a step bounds the patch before memory does
@@ -168,6 +169,7 @@ def two_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wish, "nominal_rates", lambda device: two)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("two_threads")
 def test_on_a_cpu_a_step_stays_short(facts: Fingerprint) -> None:
     larger = of_spacings(facts, [(1.0, 1.0, 1.0)] * 2, [(200, 300, 300)] * 2)
@@ -200,6 +202,7 @@ def test_a_size_grows_depth_width_and_what_it_sees() -> None:
         scale_of("b9")
 
 
+@pytest.mark.slow
 def test_a_size_is_taken_as_asked_with_a_patch_worth_it(facts: Fingerprint) -> None:
     larger = of_spacings(facts, [(1.0, 1.0, 1.0)] * 2, [(90, 100, 80)] * 2)
     small, large = (plan(larger, memory="6GiB", device="cuda", size=s) for s in ("b0", "b3"))
@@ -211,6 +214,7 @@ def test_a_size_is_taken_as_asked_with_a_patch_worth_it(facts: Fingerprint) -> N
         plan(larger, memory="500MiB", device="cuda", size="b7")
 
 
+@pytest.mark.slow
 def test_room_that_is_left_goes_into_a_larger_network(facts: Fingerprint) -> None:
     cube = of_spacings(facts, [(1.0, 1.0, 1.0)] * 2, [(32, 32, 32)] * 2)
     small, large = (plan(cube, memory=memory, device="cuda") for memory in ("900MiB", "8GiB"))
@@ -225,6 +229,7 @@ def test_the_rate_follows_the_batch() -> None:
     assert learning_rate(16)[0] == 6e-3
 
 
+@pytest.mark.slow
 def test_a_plan_says_what_was_weighed(facts: Fingerprint) -> None:
     larger = of_spacings(facts, [(1.0, 1.0, 1.0)] * 2, [(200, 200, 200)] * 2)
     made = plan(larger, memory="1GiB", device="cuda")
@@ -261,6 +266,7 @@ def test_dice_is_of_each_sample_where_sizes_vary(facts: Fingerprint) -> None:
     assert by_batch.training.loss.dice_over_batch
 
 
+@pytest.mark.slow
 def test_samples_go_one_after_the_other_where_that_shows_more(facts: Fingerprint) -> None:
     larger = of_spacings(facts, [(1.0, 1.0, 1.0)] * 2, [(300, 300, 300)] * 2)
     made = plan(larger, memory="2GiB", device="cuda")

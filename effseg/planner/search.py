@@ -255,7 +255,8 @@ class Search:
         """Whether a rung could show more than those before, as one trace of it tells.
 
         Not once they show all there is to see, unless it keeps all as well; nor where its bytes
-        fall by less than its seconds grow: scores grow with voxels, and so do bytes.
+        fall by less than its seconds grow: scores grow with voxels, and so do bytes, but for what
+        the smallest patch takes.
         """
         if not found or (rung.policy == "keep" and not rung.split):
             return True
@@ -263,7 +264,9 @@ class Search:
             return False
         best = max(self.score(self._at(i, known)) for known, i in found.items())
         here = self._at(min(found.values()), rung)
-        return self.score(here) * self.budget_bytes > best * here.peak_bytes
+        fixed = self._at(len(self.patches) - 1, next(iter(found))).peak_bytes
+        room = (self.budget_bytes - fixed) / max(1, here.peak_bytes - fixed)
+        return self.score(here) * room > best
 
     def _largest(self, rung: Rung) -> int | None:
         """The first patch that fits; bytes grow with voxels, so each trace tells where to look."""
