@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -24,6 +24,8 @@ PositiveSpacing = tuple[
     Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]
 ]
 Share = Annotated[float, Field(ge=0, le=1)]
+Heap: TypeAlias = Literal["system", "mapped"]
+"""How a CPU's freed memory is kept; see `effseg.memory.heap_of`."""
 
 
 class Config(BaseModel):
@@ -262,7 +264,7 @@ class Memory(Config):
     loader_bytes: int = Field(
         0, ge=0, description="of the host: patches that are drawn, augmented or wait"
     )
-    heap: Literal["system", "mapped"] = Field(
+    heap: Heap = Field(
         "system",
         description="mapped: on a CPU freed memory goes back to the system at once, a little "
         "slower; system: the C library may keep it",
@@ -426,6 +428,7 @@ __all__ = [
     "Channel",
     "ChannelFacts",
     "Fingerprint",
+    "Heap",
     "InferenceConfig",
     "Label",
     "LabelFacts",

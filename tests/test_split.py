@@ -4,29 +4,19 @@ from functools import partial
 
 import pytest
 import torch
+from two_stages import two_stages
 
 from effseg.losses import DiceCELoss, build_loss
 from effseg.memory import measure_peak
 from effseg.networks import build_network
 from effseg.planner.step import Flagship
-from effseg.plans import LossConfig, NetworkConfig
+from effseg.plans import LossConfig
 from effseg.training.step import SampleBySample, WholeBatch
 
 PATCH, BATCH = (32, 32, 32), 3
 
 
-def config(memory: str) -> NetworkConfig:
-    return NetworkConfig(
-        in_channels=1,
-        out_channels=3,
-        stem_channels=8,
-        growth_rate=8,
-        encoder_layers=(2, 2),
-        decoder_layers=(1,),
-        strides=((1, 1, 1), (2, 2, 2)),
-        kernels=((3, 3, 3), (3, 3, 3)),
-        memory=memory,
-    )
+config = partial(two_stages, out_channels=3)
 
 
 def subject(loss: LossConfig) -> Flagship:

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from two_stages import two_stages
 
 from effseg.memory import trace_forward, trace_peak
 from effseg.networks import build_network
-from effseg.plans import NetworkConfig
 
 
 def counted_by_torch(network: nn.Module, image: torch.Tensor) -> int:
@@ -33,18 +33,7 @@ def test_flops_are_those_that_torch_counts(network: nn.Module) -> None:
 
 
 def small(memory: str) -> nn.Module:
-    config = NetworkConfig(
-        in_channels=1,
-        out_channels=2,
-        stem_channels=8,
-        growth_rate=8,
-        encoder_layers=(2, 2),
-        decoder_layers=(1,),
-        strides=((1, 1, 1), (2, 2, 2)),
-        kernels=((3, 3, 3), (3, 3, 3)),
-        memory=memory,
-    )
-    return build_network(config)
+    return build_network(two_stages(memory, out_channels=2))
 
 
 def test_forward_takes_the_same_arithmetic_however_it_is_stored() -> None:

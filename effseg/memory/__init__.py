@@ -9,7 +9,7 @@ tensors with the same tracker. `resident_bytes` and its like ask the operating s
 from effseg.memory.choice import choose_policy, outermost_stages
 from effseg.memory.cuda_workspace import CudaCard, bytes_beyond_allocator
 from effseg.memory.free import Free, free_bytes, parse_budget, shared_bytes
-from effseg.memory.heap import give_back_memory, mapped_blocks
+from effseg.memory.heap import give_back_memory, heap_of, mapped_blocks
 from effseg.memory.measure import measure_peak
 from effseg.memory.policy import Policy, apply_policy, remove_policy, stage_policies
 from effseg.memory.recompute import recompute
@@ -31,6 +31,7 @@ __all__ = [
     "choose_policy",
     "free_bytes",
     "give_back_memory",
+    "heap_of",
     "mapped_blocks",
     "measure_peak",
     "outermost_stages",

@@ -11,10 +11,12 @@ import ctypes
 import gc
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 
 import torch
+
+from effseg.plans import Heap
 
 MAPPED_BYTES = 128 * 1024
 """From this size on a block is mapped. glibc's own, until it has seen a larger one freed."""
@@ -60,6 +62,11 @@ def give_back_memory() -> None:
     libc = _glibc()
     if libc is not None:
         libc.malloc_trim(0)
+
+
+def heap_of(kind: Heap) -> AbstractContextManager[object]:
+    """The heap that a plan asks for: `mapped_blocks`, or as the C library has it."""
+    return mapped_blocks() if kind == "mapped" else nullcontext()
 
 
 def _count(libc: ctypes.CDLL, more: int) -> None:

@@ -87,7 +87,7 @@ class Search:
         budget_bytes: for the peak.
         device: whose rules to follow.
         rates: of the machine; what seconds are estimated by.
-        beside_bytes: what stands beside a step all the time, of its report, patch and batch.
+        beside_bytes: what stands beside a step all the time, of its report.
         longest: what a step may take: its work turned into seconds by rates that every machine of
             the kind shares, and their bound; None: as long as it likes.
         smallest_batch: samples.
@@ -99,12 +99,12 @@ class Search:
     budget_bytes: int
     device: DeviceKind
     rates: Rates
-    beside_bytes: Callable[[MemoryReport, Shape3, int], int]
+    beside_bytes: Callable[[MemoryReport], int]
     longest: Pace | None = None
     smallest_batch: int = SMALLEST_BATCH
     largest_batch: int = LARGEST_BATCH
-    _known: dict[tuple[Shape3, int, Rung], Step] = field(default_factory=dict)
-    _stages: dict[tuple[Shape3, MemoryMode], list[str]] = field(default_factory=dict)
+    _known: dict[tuple[Shape3, Rung], Step] = field(default_factory=dict)
+    _stages: list[list[str]] = field(default_factory=list)
 
     def run(self) -> Answer:
         """Search.
@@ -157,7 +157,7 @@ class Search:
         seconds = self.rates.seconds(report.work)
         if "offload" in policies.values():
             seconds += 2 * report.saved_bytes / HOST_LINK
-        beside = self.beside_bytes(report, patch, batch)
+        beside = self.beside_bytes(report)
         heap = choose_heap(
             report, device=self.device, beside_bytes=beside, budget_bytes=self.budget_bytes
         )
@@ -188,27 +188,26 @@ class Search:
             rungs.append(Rung(least, "offload", split))
         return rungs
 
-    def _at(self, index: int, rung: Rung, batch: int | None = None) -> Step:
-        patch, batch = self.patches[index], batch or self.smallest_batch
-        if (patch, batch, rung) not in self._known:
+    def _at(self, index: int, rung: Rung) -> Step:
+        patch = self.patches[index]
+        if (patch, rung) not in self._known:
             policies: dict[str, Policy] = {}
             if rung.policy != "keep":
-                policies = dict.fromkeys(self._outermost(patch, rung.mode), rung.policy)
-            self._known[patch, batch, rung] = self.step(
-                patch, batch, rung.mode, policies, split=rung.split
+                policies = dict.fromkeys(self._outermost(index, rung.mode), rung.policy)
+            self._known[patch, rung] = self.step(
+                patch, self.smallest_batch, rung.mode, policies, split=rung.split
             )
-        return self._known[patch, batch, rung]
+        return self._known[patch, rung]
 
-    def _outermost(self, patch: Shape3, mode: MemoryMode) -> list[str]:
-        network = self.subject.network(patch, mode)
+    def _outermost(self, index: int, mode: MemoryMode) -> list[str]:
+        """As of the first patch whose network has the same stages."""
+        network = self.subject.network(self.patches[index], mode)
         paths = {path for path, _ in network.named_modules()}
-        for known in self._stages.values():
+        for known in self._stages:
             if paths.issuperset(known):
                 return known
-        index = self.patches.index(patch)
-        stages = outermost_stages(network, self._at(index, Rung(mode)).report)
-        self._stages[patch, mode] = stages
-        return stages
+        self._stages.append(outermost_stages(network, self._at(index, Rung(mode)).report))
+        return self._stages[-1]
 
     def _quick_enough(self) -> list[Shape3]:
         """The patches whose steps are short enough, by what the largest one would take.
@@ -343,16 +342,18 @@ class Search:
         )
         rows = [taken]
         if too_large is not None:
-            fits = self._fits(too_large)
-            needs = f"{format_bytes(too_large.peak_bytes)}; the budget is " + format_bytes(
-                self.budget_bytes
+            why = (
+                "fits, but shows less context a second"
+                if self._fits(too_large)
+                else f"needs {format_bytes(too_large.peak_bytes)}; the budget is "
+                f"{format_bytes(self.budget_bytes)}"
             )
             rows.append(
                 Alternative(
                     choice=describe(too_large),
                     peak_bytes=too_large.peak_bytes,
                     seconds=too_large.seconds,
-                    why="fits, but shows less context a second" if fits else f"needs {needs}",
+                    why=why,
                 )
             )
         rows += [

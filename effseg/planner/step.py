@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +13,8 @@ from effseg.devices import AUTOCAST, DeviceKind, Precision, device_kind
 from effseg.losses import DeepSupervisionLoss, build_loss
 from effseg.memory import MemoryReport, Policy, apply_policy, recompute, trace_peak
 from effseg.networks import DenseUNet, MemoryMode, build_network
-from effseg.plans import LossConfig, NetworkConfig, Plan
+from effseg.plans import Heap, LossConfig, NetworkConfig, Plan
 from effseg.types import Shape3
-
-Heap = Literal["system", "mapped"]
 
 HOST_SLACK = 1.1
 """Resident memory over tensor bytes where the C library keeps freed memory on its heap: what our

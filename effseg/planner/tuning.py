@@ -1,7 +1,7 @@
 """Any network in a budget: patch, batch and what is recomputed, found by tracing its step."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from effseg.memory import (
     MemoryReport,
     Policy,
     apply_policy,
-    mapped_blocks,
+    heap_of,
     trace_forward,
     trace_peak,
 )
@@ -28,8 +28,7 @@ from effseg.planner.geometry import median_shape, patches_of_stride, target_spac
 from effseg.planner.machine import choose_device, choose_precision
 from effseg.planner.rates import machine_rates
 from effseg.planner.search import LARGEST_BATCH, SMALLEST_BATCH, Search
-from effseg.planner.step import Heap
-from effseg.plans import Alternative, Fingerprint, LossConfig, format_bytes, parse_bytes
+from effseg.plans import Alternative, Fingerprint, Heap, LossConfig, format_bytes, parse_bytes
 from effseg.types import Shape3, Spacing
 
 STRIDES = (1, 2, 4, 8, 16, 32, 64)
@@ -84,14 +83,9 @@ class Tuning:
         """
         apply_policy(network, self.policies)
 
-    @contextmanager
-    def running(self) -> Iterator[None]:
+    def running(self) -> AbstractContextManager[object]:
         """Train within, or a CPU's resident memory is not what was predicted."""
-        if self.heap == "mapped":
-            with mapped_blocks():
-                yield
-        else:
-            yield
+        return heap_of(self.heap)
 
     def __str__(self) -> str:
         """One line."""
@@ -165,7 +159,7 @@ def tune(
         budget_bytes=budget,
         device=kind,
         rates=machine_rates(kind, precision),
-        beside_bytes=lambda *_: 0,
+        beside_bytes=lambda _: 0,
         smallest_batch=smallest_batch,
         largest_batch=largest_batch,
     ).run()

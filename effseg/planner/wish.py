@@ -3,6 +3,7 @@
 import math
 from bisect import bisect_left
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from effseg.devices import DeviceKind, Precision
 from effseg.networks import MemoryMode
@@ -40,6 +41,11 @@ class Wish:
     budget_bytes: int
     rates: Rates
 
+    @cached_property
+    def stages(self) -> dict[Shape3, Stages]:
+        """Of the network for each patch, the largest patch first."""
+        return dict(shrinking_patches(self.median, self.spacing))
+
     @property
     def pace(self) -> Pace:
         """What a step may take."""
@@ -47,8 +53,7 @@ class Wish:
 
     def search(self, scale: Scale) -> Search:
         """For the best step of a network of this size."""
-        patches = dict(shrinking_patches(self.median, self.spacing))
-        largest = next(iter(patches))
+        largest = next(iter(self.stages))
         wanted = min(scale.side**3, math.prod(largest))
         return Search(
             subject=Flagship(
@@ -58,18 +63,17 @@ class Wish:
                 precision=self.precision,
                 device=self.device,
             ),
-            patches=[patch for patch in patches if math.prod(patch) >= wanted],
+            patches=[patch for patch in self.stages if math.prod(patch) >= wanted],
             budget_bytes=self.budget_bytes,
             device=self.device,
             rates=self.rates,
-            beside_bytes=lambda report, *_: beside_training(report, self.device),
+            beside_bytes=lambda report: beside_training(report, self.device),
             longest=self.pace if self.device == "cpu" else None,
         )
 
     def config(self, patch: Shape3, mode: MemoryMode, scale: Scale) -> NetworkConfig:
         """Of the flagship for patches of this size."""
-        stages = dict(shrinking_patches(self.median, self.spacing))[patch]
-        return network_config(self.facts, stages, mode, scale)
+        return network_config(self.facts, self.stages[patch], mode, scale)
 
 
 def sized(wish: Wish) -> tuple[Scale, Answer]:

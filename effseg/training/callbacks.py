@@ -4,7 +4,7 @@ import csv
 import logging
 import platform
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -21,7 +21,7 @@ from effseg.memory import (
     PeakResident,
     bytes_beyond_allocator,
     give_back_memory,
-    mapped_blocks,
+    heap_of,
     resident_bytes,
 )
 from effseg.plans import Plan, format_bytes
@@ -112,7 +112,7 @@ class MemoryWatch(pl.Callback):  # type: ignore[misc]
         del stage
         if self.baseline_bytes is None:
             # one of several processes, just begun: what `train` does for its own is done here
-            self._heap.enter_context(planned_heap(pl_module.plan))
+            self._heap.enter_context(heap_of(pl_module.plan.memory.heap))
             self.start()
         self.resident = PeakResident().start()
         device = trainer.strategy.root_device
@@ -141,11 +141,6 @@ class MemoryWatch(pl.Callback):  # type: ignore[misc]
             return 0
         peak = self.resident.baseline_bytes + self.resident.peak_bytes - self.baseline_bytes
         return max(0, peak)
-
-
-def planned_heap(plan: Plan) -> AbstractContextManager[object]:
-    """Within, freed memory goes back to the system at once, if the plan says so."""
-    return mapped_blocks() if plan.memory.heap == "mapped" else nullcontext()
 
 
 class MetricsLog(pl.Callback):  # type: ignore[misc]

@@ -16,6 +16,7 @@ from effseg.dataset import Dataset, Fold, folds, read_dataset
 from effseg.devices import present_device
 from effseg.errors import DataError, EffsegError, PlanError
 from effseg.files import name_places
+from effseg.memory import heap_of
 from effseg.planner import check_plan
 from effseg.plans import Plan
 from effseg.record import CHECKPOINTS, METRICS, PLAN, RATES, RECORD, WEIGHTS
@@ -26,7 +27,6 @@ from effseg.training.callbacks import (
     ProgressReport,
     RecordKeeper,
     TrainingState,
-    planned_heap,
 )
 from effseg.training.data import PatchData
 from effseg.training.module import SegmentationModule
@@ -105,7 +105,7 @@ def train(
     try:
         if devices == 1:
             # each of several processes does so for itself
-            heap.enter_context(planned_heap(plan))
+            heap.enter_context(heap_of(plan.memory.heap))
             watch.start()
         module = SegmentationModule(_seeded(plan))
         data = _prepare(plan, dataset, chosen, cache, progress=preparing)
@@ -197,7 +197,7 @@ def find_learning_rate(
     plan = with_choices(plan, minutes=None, epochs=None, device=device, seed=None)
     chosen = choose_fold(dataset, fold)
     present = present_device(plan.device)
-    with tempfile.TemporaryDirectory(prefix="effseg-") as folder, planned_heap(plan):
+    with tempfile.TemporaryDirectory(prefix="effseg-") as folder, heap_of(plan.memory.heap):
         cache = Path(folder)
         data = _prepare(plan, dataset, chosen, cache)
         return try_rates(plan, data, device=present, folder=cache, steps=steps, progress=progress)
