@@ -1,0 +1,41 @@
+"""What a plan is: every choice of a run, with the reason for each, in one JSON file.
+
+How a plan is made stands in `planner`. Plans are meant to be read and edited by people: unknown
+keys, wrong types, numbers out of range and NaN are refused with the place where they stand.
+"""
+
+from effseg.plans.augment import AugmentConfig
+from effseg.plans.config import Config, Heap
+from effseg.plans.fingerprint import ChannelFacts, Fingerprint, LabelFacts
+from effseg.plans.inference import InferenceConfig, PostprocessConfig
+from effseg.plans.loss import LossConfig
+from effseg.plans.network import NetworkConfig
+from effseg.plans.optimizer import OptimizerConfig
+from effseg.plans.plan import Alternative, Channel, Label, Memory, Normalisation, Plan
+from effseg.plans.sizes import format_bytes, format_shape, parse_bytes, total_stride
+from effseg.plans.training import TrainingConfig
+
+__all__ = [
+    "Alternative",
+    "AugmentConfig",
+    "Channel",
+    "ChannelFacts",
+    "Config",
+    "Fingerprint",
+    "Heap",
+    "InferenceConfig",
+    "Label",
+    "LabelFacts",
+    "LossConfig",
+    "Memory",
+    "NetworkConfig",
+    "Normalisation",
+    "OptimizerConfig",
+    "Plan",
+    "PostprocessConfig",
+    "TrainingConfig",
+    "format_bytes",
+    "format_shape",
+    "parse_bytes",
+    "total_stride",
+]

@@ -1,0 +1,41 @@
+"""How long is trained, on what, from which samples."""
+
+from typing import Self
+
+from pydantic import Field, model_validator
+
+from effseg.plans.augment import AugmentConfig
+from effseg.plans.config import Config, Share
+from effseg.plans.loss import LossConfig
+from effseg.plans.optimizer import OptimizerConfig
+
+
+class TrainingConfig(Config):
+    """How long, on what, from which samples."""
+
+    epochs: int | None = Field(None, ge=1, description="set this or minutes")
+    minutes: float | None = Field(None, gt=0, description="wall clock of the training steps")
+    steps_per_epoch: int = Field(50, ge=1)
+    foreground: Share = Field(0.5, description="share of patches centred on a foreground voxel")
+    small_components: Share = Field(
+        0.5, description="share of those that draw a component first, so that small ones count"
+    )
+    patience: int | None = Field(None, ge=1, description="epochs without a better score; None: off")
+    validate_every: int = Field(1, ge=1, description="epochs between validations")
+    validation_patches: int = Field(32, ge=1, description="fixed patches scored after each epoch")
+    workers: int = Field(0, ge=0, description="processes that augment; 0: in the training process")
+    queue_bytes: int = Field(
+        256 * 2**20, ge=0, description="most bytes of batches that wait for the next steps"
+    )
+    seed: int = Field(0, ge=0)
+    loss: LossConfig = LossConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    augment: AugmentConfig = AugmentConfig()
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if self.minutes is not None and self.epochs is not None:
+            raise ValueError(
+                f"minutes {self.minutes:g} and epochs {self.epochs}; set one of the two"
+            )
+        return self
