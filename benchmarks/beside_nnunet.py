@@ -12,6 +12,9 @@ cases) does not count as such and stands beside it.
 
 Memory is that of a command and all its workers, without libraries' code, above what an interpreter
 holds that has imported the tool (`process_tree.py`).
+
+`--tool effseg` and, on the same folder, `--tool nnU-Net` do one after the other what takes long to
+do at once; the table keeps the other's row.
 """
 
 import argparse
@@ -37,6 +40,7 @@ from effseg.record import PLAN, RECORD, SCORES, RunRecord
 
 RESULTS = Path(__file__).parent / "results" / "beside_nnunet.csv"
 MIB = 2**20
+EFFSEG, NNUNET = TOOLS = ("effseg", "nnU-Net")
 OURS, THEIRS = "effseg.cli,effseg.training,effseg.planner", "nnunetv2.run.run_training"
 """What training imports."""
 
@@ -112,23 +116,31 @@ def main() -> None:
     """Run both and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("dataset", type=Path)
-    parser.add_argument("--nnunet-venv", type=Path, required=True, help="where nnunetv2 lives")
+    parser.add_argument("--nnunet-venv", type=Path, default="nnunet", help="where nnunetv2 lives")
     parser.add_argument("--out", type=Path, required=True, help="a new folder")
     parser.add_argument("--minutes", type=float, default=20)
     parser.add_argument("--memory", default="1GiB", help="effseg's budget")
     parser.add_argument("--held-out", type=float, default=0.3, help="share of the cases")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--results", type=Path, default=RESULTS, help="the table's file")
+    parser.add_argument("--tool", choices=TOOLS, help="only this one, effseg first; default: both")
     options = parser.parse_args()
     out = options.out.absolute()
     dataset = read_dataset(options.dataset)
-    train_csv = hold_out(dataset, out, share=options.held_out, seed=options.seed)
-    runs = (
-        with_effseg(train_csv, out, options.memory, minutes=options.minutes, seed=options.seed),
-        with_nnunet(train_csv, out, options.nnunet_venv.absolute(), minutes=options.minutes),
-    )
-    rows = [row_of(run, dataset.name, out) for run in runs]
-    write_rows(rows, options.results)
+    tools = TOOLS if options.tool is None else (options.tool,)
+    if EFFSEG in tools:
+        hold_out(dataset, out, share=options.held_out, seed=options.seed)
+    train_csv = out / f"{dataset.name}.csv"
+    for tool in tools:
+        if tool == EFFSEG:
+            run = with_effseg(
+                train_csv, out, options.memory, minutes=options.minutes, seed=options.seed
+            )
+        else:
+            run = with_nnunet(
+                train_csv, out, options.nnunet_venv.absolute(), minutes=options.minutes
+            )
+        rows = put_row(row_of(run, dataset.name, out), options.results)
     print(as_text(rows))
 
 
@@ -147,7 +159,7 @@ def with_effseg(train_csv: Path, out: Path, memory: str, *, minutes: float, seed
     )
     record, plan = RunRecord.load(folder / RECORD), Plan.load(folder / PLAN)
     facts = {
-        "tool": f"effseg {record.effseg}",
+        "tool": EFFSEG,
         "seen_cases": len(record.train),
         "minutes": record.minutes,
         "steps": record.steps,
@@ -172,7 +184,7 @@ def with_nnunet(train_csv: Path, out: Path, venv: Path, *, minutes: float) -> Ru
         shutil.copy(job.predicted / image.name, job.home / "test")
     facts = job.done()
     facts |= {
-        "tool": "nnU-Net",
+        "tool": NNUNET,
         "seen_cases": len(record.train),
         "budget_mib": None,
         "patch": format_shape(tuple(facts["patch"])),
@@ -201,18 +213,24 @@ def row_of(run: Run, dataset: str, out: Path) -> Row:
     )
 
 
-def write_rows(rows: Sequence[Row], path: Path) -> None:
-    """One line a tool."""
+def put_row(row: Row, path: Path) -> list[dict[str, Any]]:
+    """Write a tool's row into the table, in place of an older one of it; all rows come back."""
+    rows = []
+    if path.exists():
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = [other for other in csv.DictReader(file) if other["tool"] != row.tool]
+    rows.append(asdict(row))
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
+        writer.writerows(rows)
+    return rows
 
 
-def as_text(rows: Sequence[Row]) -> str:
+def as_text(rows: Sequence[Mapping[str, Any]]) -> str:
     """One column a tool."""
-    lines = ([name, *(str(getattr(row, name)) for row in rows)] for name in COLUMNS)
+    lines = ([name, *(str(row[name]) for row in rows)] for name in COLUMNS)
     return "\n".join("".join(f"{cell:>24}" for cell in line) for line in lines)
 
 

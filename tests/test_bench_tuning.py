@@ -282,7 +282,11 @@ def test_a_tools_row_is_scored_and_told_above_its_imports(tmp_path):
     assert (row.dice, row.unseen_cases) == (1.0, 1)
     assert (row.train_mib, row.imports_mib) == (200.0, 100.0)
     assert (row.minutes, row.other_minutes, row.predict_minutes) == (2.0, 1.0, 0.5)
-    beside.write_rows([row, replace(row, tool="theirs")], tmp_path / "new" / "table.csv")
-    with (tmp_path / "new" / "table.csv").open(newline="") as file:
-        assert [line["tool"] for line in csv.DictReader(file)] == ["mine", "theirs"]
-    assert "theirs" in beside.as_text([row, replace(row, tool="theirs")]).splitlines()[0]
+    table = tmp_path / "new" / "table.csv"
+    beside.put_row(replace(row, steps=1), table)
+    beside.put_row(replace(row, tool="theirs"), table)
+    rows = beside.put_row(row, table)  # a newer run of the same tool
+    with table.open(newline="") as file:
+        lines = [(line["tool"], line["steps"]) for line in csv.DictReader(file)]
+    assert lines == [("theirs", "9"), ("mine", "9")]
+    assert "theirs" in beside.as_text(rows).splitlines()[0]
