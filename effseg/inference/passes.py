@@ -38,6 +38,7 @@ class Passes:
         skip_constant: do not pass a window of one value if the last such one had the same.
 
     Attributes:
+        skip_constant: as it was given.
         blended: what was blended; None before the first window.
         n_skipped: how many windows were not passed because they were constant.
         n_needless: how many nobody needed.
@@ -62,7 +63,7 @@ class Passes:
         self._frontier = frontier
         self._device = device
         self._dtype = AUTOCAST[precision]
-        self._skip_constant = skip_constant
+        self.skip_constant = skip_constant
         self._constant: tuple[float, ...] | None = None
         self._answer: Tensor | None = None
         self._most: int | None = None  # windows in a pass, once more were too many
@@ -75,7 +76,7 @@ class Passes:
         constant: dict[int, tuple[float, ...]] = {}
         for box in boxes:
             window = image.crop(box)
-            value = _constant(window) if self._skip_constant else None
+            value = _constant(window) if self.skip_constant else None
             if value is not None and value == self._constant:
                 assert self.blended is not None
                 assert self._answer is not None

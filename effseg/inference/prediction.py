@@ -10,10 +10,10 @@ from effseg.errors import PlanError
 from effseg.inference.budget import Forecast, budget_of, forecasts
 from effseg.inference.fingerprints import files_of, fingerprint, voxels_of, weights_of
 from effseg.inference.output import LabelFile, collect_labels
-from effseg.inference.predictor import Progress
 from effseg.inference.region import Region
 from effseg.inference.run import Runs, load_runs
 from effseg.inference.task import Task, demand_of, found_by
+from effseg.inference.under_way import Progress
 from effseg.plans import PostprocessConfig
 from effseg.resample import LabelSlab, Maps
 from effseg.sources import ImageArray, ImageFiles

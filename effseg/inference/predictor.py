@@ -1,11 +1,9 @@
 """A network slid over a volume in overlapping windows, which is finished slab by slab."""
 
-import logging
 import tempfile
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -14,36 +12,27 @@ import torch
 from torch import nn
 
 from effseg.devices import AUTOCAST, Precision, device_kind, present_device
-from effseg.errors import DataError, PlanError
+from effseg.errors import PlanError
 from effseg.inference.ahead import ahead
 from effseg.inference.budget import Demand, Forecast, Sums, budget_of, choose, forecasts
 from effseg.inference.fingerprints import fingerprint, voxels_of, weights_of
 from effseg.inference.frontier import Frontier
-from effseg.inference.headless import Blend, choose_blend, finest
+from effseg.inference.headless import Blend, choose_blend
 from effseg.inference.output import LabelFile, collect_labels
 from effseg.inference.passes import Passes, mirrors
 from effseg.inference.tracing import (
+    count_outputs,
     pass_beside_others,
-    traced_outputs,
     traced_pass_bytes,
     weight_bytes_of,
 )
-from effseg.inference.windows import SweptImage, inside_padded
-from effseg.memory import mapped_blocks
+from effseg.inference.under_way import Needed, Progress, SweepUnderWay
 from effseg.preprocess import Frame
-from effseg.resample import SLAB_PLANES, LabelSlab, Slab, Slabs, label_slabs
+from effseg.resample import LabelSlab, Slabs, label_slabs
 from effseg.sources import ArraySource, ChunkedArray, ImageArray, ImageFiles, ImageSource
 from effseg.tiling import Sweep, padded_shape
-from effseg.types import Array, Shape3, Slices3
+from effseg.types import Array, Shape3
 from effseg.volume import Volume
-
-logger = logging.getLogger("effseg")
-
-Progress = Callable[[int, int], None]
-"""Called with (windows done, windows in all)."""
-
-Needed = Callable[[Slices3], bool]
-"""Called with a window's box of the image, whether it is to be passed."""
 
 
 class Predictor:
@@ -221,12 +210,7 @@ class Predictor:
             return blend.head.n_classes
         if self._n_classes is None:
             shape = (1, n_channels, *self.patch_size)
-            try:
-                self._n_classes = traced_outputs(blend.networks[0], shape)
-            except Exception:  # what a network cannot do without memory it may do with it
-                with torch.inference_mode():
-                    window = torch.zeros(shape, device=self.device)
-                    self._n_classes = finest(blend.networks[0](window)).shape[1]
+            self._n_classes = count_outputs(blend.networks[0], shape, device=self.device)
         return self._n_classes
 
     def logits(self, image: Array, *, progress: Progress | None = None) -> npt.NDArray[np.float32]:
@@ -287,16 +271,16 @@ class Predictor:
             axis=axis,
             backwards=backwards,
         )
-        parts = self._parts(
-            source,
-            sweep,
-            start,
-            blend,
-            needed,
-            progress,
-            window_batch or self.window_batch,
-            sums,
-        )
+        parts = SweepUnderWay(
+            source=source,
+            sweep=sweep,
+            passes=partial(self._passes, blend, sums=sums),
+            window_batch=window_batch or self.window_batch,
+            n_blended=lambda: self.n_blended(source.n_channels),
+            start=start,
+            needed=needed,
+            progress=progress,
+        ).finished()
         return Slabs(
             axis=sweep.axis,
             shape=source.shape,
@@ -314,23 +298,9 @@ class Predictor:
         options = (self.patch_size, self.overlap, self.mirrors, self.precision)
         return fingerprint(options, weights_of(self.networks), voxels_of(source, axis))
 
-    def _parts(
-        self,
-        source: ImageSource,
-        sweep: Sweep,
-        start: int,
-        blend: Blend,
-        needed: Needed | None,
-        progress: Progress | None,
-        window_batch: int,
-        sums: Sums,
-    ) -> Generator[Slab, None, None]:
-        sweep = sweep.reaching(inside_padded(source.shape, sweep)[sweep.axis].start + start)
-        image = SweptImage(source, sweep)
-        inside = image.inside[sweep.axis]
-        n_blended = None if needed is None else self.n_blended(source.n_channels)
+    def _passes(self, blend: Blend, sweep: Sweep, *, sums: Sums) -> Passes:
         n_passes = len(self.mirrors) * (1 if blend.head else len(blend.networks))
-        passes = Passes(
+        return Passes(
             blend,
             mirrors=self.mirrors,
             backwards=sweep.axis if sweep.backwards else None,
@@ -345,39 +315,3 @@ class Predictor:
             precision=self.precision,
             skip_constant=self.skip_constant,
         )
-        with closing(passes), mapped_blocks():
-            done = 0
-            for layer in sweep.layers:
-                image.load(layer.start + self.patch_size[sweep.axis])
-                boxes = [box for box in layer.windows if needed is None or needed(image.given(box))]
-                passes.n_needless += len(layer.windows) - len(boxes)
-                for first in range(0, len(boxes), window_batch):
-                    batch = boxes[first : first + window_batch]
-                    passes.run(image, batch)
-                    done += len(batch)
-                    if progress is not None:
-                        progress(done + passes.n_needless, sweep.n_windows)
-                low, high = max(layer.start, inside.start + start), min(layer.stop, inside.stop)
-                if low > layer.start and passes.blended is not None:
-                    passes.blended.drop(layer.start, min(low, layer.stop))
-                for first in range(low, high, SLAB_PLANES):
-                    last = min(high, first + SLAB_PLANES)
-                    yield first - inside.start, _taken(passes.sums(n_blended), first, last, image)
-        if self.skip_constant:
-            logger.info("%d of %d windows were constant, and skipped", passes.n_skipped, done)
-        if needed is not None:
-            logger.info("%d of %d windows were needed", done, sweep.n_windows)
-
-
-@torch.inference_mode()
-def _taken(blended: Frontier, start: int, stop: int, image: SweptImage) -> npt.NDArray[np.float32]:
-    """A finished slab on the host, without what was padded beside it."""
-    means = blended.take(start, stop)
-    if not bool(torch.isfinite(means.sum())):  # a sum takes no memory of the slab's size
-        raise DataError(
-            "the network gave logits that are not finite; check the image for NaN and absurd "
-            "values, or predict in float32"
-        )
-    inside = list(image.inside)
-    inside[blended.axis] = slice(None)
-    return means[(slice(None), *inside)].cpu().numpy()

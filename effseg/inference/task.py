@@ -11,10 +11,11 @@ import torch
 from effseg.devices import device_kind, present_device
 from effseg.inference.budget import Demand, Forecast, choose, forecasts
 from effseg.inference.output import removes
-from effseg.inference.predictor import Predictor, Progress
+from effseg.inference.predictor import Predictor
 from effseg.inference.region import Region
 from effseg.inference.run import Run
 from effseg.inference.tracing import pass_beside_others, weight_bytes_of
+from effseg.inference.under_way import Progress
 from effseg.plans import PostprocessConfig
 from effseg.postprocess import ComponentStream
 from effseg.preprocess import Frame, PreparedSlabs, check_channels

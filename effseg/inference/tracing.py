@@ -51,18 +51,20 @@ def weight_bytes_of(networks: Sequence[nn.Module]) -> int:
     return sum(p.numel() * p.element_size() for one in networks for p in one.parameters())
 
 
-def traced_outputs(network: nn.Module, shape: Sequence[int]) -> int:
-    """How many channels a network makes of windows.
+def count_outputs(network: nn.Module, shape: Sequence[int], *, device: torch.device) -> int:
+    """How many channels a network makes of windows; one that cannot be traced is run once.
 
     Args:
-        network: as of `traced_pass_bytes`.
+        network: as of `traced_pass_bytes`; on the device.
         shape: of the windows, (N, C, z, y, x).
-
-    Raises:
-        PlanError: if the network cannot be traced.
+        device: where it runs.
     """
     found: list[int] = []
-    trace_forward(_Counted(network, lambda n: found.append(n)), shape, device="cpu")
+    try:
+        trace_forward(_Counted(network, lambda n: found.append(n)), shape, device="cpu")
+    except Exception:  # what a network cannot do without memory it may do with it
+        with torch.inference_mode():
+            found.append(finest(network(torch.zeros(shape, device=device))).shape[1])
     return found[-1]
 
 
