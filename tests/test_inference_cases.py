@@ -16,6 +16,7 @@ from effseg.errors import DataError, EffsegError, MemoryBudgetError, PlanError
 from effseg.inference import (
     CaseResult,
     Run,
+    case_queue,
     cases,
     find_images,
     load_run,
@@ -54,8 +55,9 @@ class Faked:
         self.sources: list[str] = []
         self.inside: Callable[[str], None] = lambda _: None
         self._lock = threading.Lock()
-        for name in ("predict", "forecast", "read_image", "write_volume"):
-            monkeypatch.setattr(cases, name, getattr(self, name))
+        monkeypatch.setattr(cases, "predict", self.predict)
+        for name in ("forecast", "read_image", "write_volume"):
+            monkeypatch.setattr(case_queue, name, getattr(self, name))
 
     def forecast(self, run: Run, grid: Grid, *, device: str | None) -> SimpleNamespace:
         peak_bytes = self.peak_bytes if grid.shape == SHAPE else self.large_bytes

@@ -1,7 +1,8 @@
 """Trained networks over new images."""
 
 from effseg.inference.budget import Forecast
-from effseg.inference.cases import CaseResult, predict_cases, shard_of
+from effseg.inference.case_queue import CaseResult
+from effseg.inference.cases import predict_cases, shard_of
 from effseg.inference.inputs import find_images
 from effseg.inference.prediction import forecast, predict
 from effseg.inference.predictor import Predictor
