@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from effseg.errors import DataError, GeometryError
-from effseg.io import SlabReader, read_grid, read_volume
+from effseg.io import SlabReader, read_volume
 from effseg.resample import SLAB_PLANES
 from effseg.types import Array, Shape3
 from effseg.volume import Grid, Volume
@@ -165,7 +165,7 @@ class ImageFiles:
 
     @classmethod
     def judged(cls, paths: Sequence[str | Path], *, name: str) -> Self:
-        """The image in some files.
+        """The image in some files, whose headers are read once.
 
         Args:
             paths: one with all channels, or several with one each.
@@ -175,25 +175,22 @@ class ImageFiles:
             DataError: if one cannot be read, or one of several holds several channels.
             GeometryError: if the channels do not lie on one grid.
         """
-        grid, n_channels = read_grid(paths[0])
-        for path in paths if len(paths) > 1 else ():
-            other, n_here = read_grid(path)
-            if n_here != 1:
+        channels = [SlabReader.of_channels(path) for path in paths]
+        grid = channels[0][0].grid
+        for path, readers in zip(paths, channels, strict=True):
+            if len(paths) > 1 and len(readers) != 1:
                 raise DataError(
-                    f"{path}: {n_here} channels in one of {len(paths)} image files of {name}; "
-                    "expected one channel a file, or one file with all channels"
+                    f"{path}: {len(readers)} channels in one of {len(paths)} image files of "
+                    f"{name}; expected one channel a file, or one file with all channels"
                 )
-            difference = grid.difference(other)
+            difference = grid.difference(readers[0].grid)
             if difference is not None:
                 raise GeometryError(
                     f"{name}: channels {Path(paths[0]).name} and {Path(path).name} differ in "
                     f"{difference}; bring the second over with resample_like(...)"
                 )
-        if len(paths) > 1:
-            readers = [SlabReader(path) for path in paths]
-        else:
-            readers = [SlabReader(paths[0], channel=i) for i in range(n_channels)]
-        return cls(paths=tuple(paths), grid=grid, readers=tuple(readers))
+        every = tuple(reader for readers in channels for reader in readers)
+        return cls(paths=tuple(paths), grid=grid, readers=every)
 
     @property
     def n_channels(self) -> int:

@@ -5,6 +5,7 @@ import gzip
 import threading
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,7 +25,8 @@ from effseg.inference import (
     predict_cases,
     shard_of,
 )
-from effseg.io import read_grid, read_volume, write_volume
+from effseg.io import formats, read_grid, read_volume, write_volume
+from effseg.io.header import Header
 from effseg.volume import Grid, Volume
 
 SECONDS = 30
@@ -64,13 +66,12 @@ class Faked:
         return SimpleNamespace(peak_bytes=peak_bytes)
 
     def predict(self, run, image, *, out, memory, progress, **_) -> Volume:
-        grid = image.grid if isinstance(image, Volume) else read_grid(image.images[0])[0]
-        least_bytes = max(self.least_bytes, self.forecast(run, grid, device=None).peak_bytes)
+        least_bytes = max(self.least_bytes, self.forecast(run, image.grid, device=None).peak_bytes)
         if memory is not None and memory < least_bytes:
             raise MemoryBudgetError("too small")
         self.sources.append(type(image).__name__)
         self.budgets.append(memory)
-        volume = image if isinstance(image, Volume) else read_volume(image.images[0])
+        volume = image if isinstance(image, Volume) else read_volume(image.paths[0])
         number = int(volume.array.max())
         with self.doing(f"compute {number}"):
             progress(1, 2)
@@ -141,7 +142,7 @@ def test_the_next_is_read_and_the_last_is_written_while_one_is_computed(
     names = [f"case_{n}" for n in range(1, 5)]
     assert results == tuple(CaseResult(n, tmp_path / "out" / f"{n}.nii.gz") for n in names)
     assert values(tmp_path / "out") == {name: n for n, name in enumerate(names, start=1)}
-    assert faked.sources == ["Case", "Volume", "Volume", "Volume"]
+    assert faked.sources == ["ImageFiles", "Volume", "Volume", "Volume"]
     # one read ahead, one written behind, never two
     for together in faked.together:
         assert len({what.split()[0] for what in together}) == len(together)
@@ -203,7 +204,7 @@ def test_a_large_case_takes_its_turn_alone(
     large = (2 * SHAPE[0], *SHAPE[1:])
     write_volume(Volume(array=np.full(large, 3, np.int16), grid=Grid(large)), images[2].images[0])
     predict_cases(run, images, out=tmp_path / "out", memory=budget)
-    assert faked.sources == ["Case", "Volume", "Case", "Case"]
+    assert faked.sources == ["ImageFiles", "Volume", "ImageFiles", "ImageFiles"]
     assert faked.budgets[2] == budget
     alone = [together for together in faked.together if "compute 3" in together]
     assert alone == [frozenset({"compute 3"})]
@@ -221,7 +222,7 @@ def test_a_case_that_fits_alone_only_is_predicted_alone(
     budget = faked.least_bytes = 10**6  # more than was forecast
     results = predict_cases(run, images, out=tmp_path / "out", memory=budget)
     assert [result.error for result in results] == [None] * 4
-    assert faked.sources == ["Case"] * 4
+    assert faked.sources == ["ImageFiles"] * 4
     assert faked.budgets == [budget] * 4
     faked.least_bytes += 1
     results = predict_cases(run, images, out=tmp_path / "out", memory=budget)
@@ -300,10 +301,10 @@ def test_what_goes_on_from_files_is_read_and_written_in_turn(
     run: Run, images: list[Case], tmp_path: Path, faked: Faked
 ) -> None:
     predict_cases(run, images, out=tmp_path / "a", resume=True)
-    assert faked.sources == ["Case"] * 4
+    assert faked.sources == ["ImageFiles"] * 4
     assert faked.behind == []
     predict_cases(run, images, out=tmp_path / "b", entropy=True)
-    assert faked.sources[4:] == ["Case", "Volume", "Volume", "Volume"]
+    assert faked.sources[4:] == ["ImageFiles", "Volume", "Volume", "Volume"]
     assert faked.behind == []
 
 
@@ -357,3 +358,20 @@ def test_real_cases_are_labelled_as_each_alone(
         alone = predict(run, folder / f"ball_{n}.nii.gz")
         written = read_volume(tmp_path / "out" / f"ball_{n}.nii.gz")
         np.testing.assert_array_equal(written.array, alone.array)
+
+
+def test_headers_are_read_once_and_again_only_with_all_voxels(
+    run: Run, tiny_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    form, read = formats.FORMATS[".nii.gz"], []
+
+    def read_header(path: Path) -> Header:
+        read.append(path)
+        return form.read_header(path)
+
+    found = list(find_images([tiny_dataset / "images"]).values())[:2]
+    monkeypatch.setitem(formats.FORMATS, ".nii.gz", replace(form, read_header=read_header))
+    results = predict_cases(run, found, out=tmp_path / "out")
+    assert all(result.error is None for result in results)
+    counts = [read.count(case.images[0]) for case in found]
+    assert counts == [1, 2]  # the second is read ahead, whole

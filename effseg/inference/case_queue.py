@@ -13,7 +13,8 @@ from effseg.dataset import Case, read_image
 from effseg.errors import MemoryBudgetError
 from effseg.inference.prediction import forecast
 from effseg.inference.run import Run
-from effseg.io import read_grid, write_volume
+from effseg.io import write_volume
+from effseg.sources import ImageFiles
 from effseg.volume import Volume
 
 CaseProgress = Callable[[float, str], None]
@@ -43,6 +44,7 @@ class Job:
 
     Attributes:
         case: itself.
+        files: of its image, judged.
         path: where its label map goes.
         peak_bytes: while it is computed, from its files.
         image_bytes: of its image as read.
@@ -50,6 +52,7 @@ class Job:
     """
 
     case: Case
+    files: ImageFiles
     path: Path
     peak_bytes: int
     image_bytes: int
@@ -136,15 +139,15 @@ class CaseQueue:
         self._compute(following=job)
 
     def _job(self, case: Case, path: Path) -> Job:
-        grid, n_channels = read_grid(case.images[0])
-        n_channels = max(n_channels, len(case.images))
+        files = ImageFiles.judged(case.images, name=case.name)
         most = max(label.value for label in self._run.plan.labels)
         return Job(
             case,
+            files,
             path,
-            peak_bytes=forecast(self._run, grid, device=self._device).peak_bytes,
-            image_bytes=4 * n_channels * grid.n_voxels,
-            label_bytes=grid.n_voxels * np.min_scalar_type(most).itemsize,
+            peak_bytes=forecast(self._run, files.grid, device=self._device).peak_bytes,
+            image_bytes=4 * files.n_channels * files.grid.n_voxels,
+            label_bytes=files.grid.n_voxels * np.min_scalar_type(most).itemsize,
         )
 
     def _compute(self, *, following: Job | None) -> None:
@@ -175,7 +178,7 @@ class CaseQueue:
             try:
                 labels = self._predict(
                     job,
-                    job.case if image is None else image,
+                    job.files if image is None else image,
                     out=None if behind else job.path,
                     beside_bytes=beside_bytes,
                 )
@@ -186,7 +189,7 @@ class CaseQueue:
                 behind = False
                 self._forget_reading()
                 self._finish_writing()
-                labels = self._predict(job, job.case, out=job.path, beside_bytes=0)
+                labels = self._predict(job, job.files, out=job.path, beside_bytes=0)
         except Exception as error:
             self._finish_writing()
             self._done(CaseResult(job.case.name, job.path, error=error))
@@ -198,7 +201,7 @@ class CaseQueue:
             self._done(CaseResult(job.case.name, job.path))
 
     def _predict(
-        self, job: Job, image: Case | Volume, *, out: Path | None, beside_bytes: int
+        self, job: Job, image: ImageFiles | Volume, *, out: Path | None, beside_bytes: int
     ) -> Volume:
         return self._predict_one(
             image,

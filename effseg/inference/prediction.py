@@ -26,7 +26,7 @@ MARGIN_MM = 20.0
 
 def predict(
     run: Runs,
-    image: str | Path | Volume | Case,
+    image: str | Path | Volume | Case | ImageFiles,
     *,
     out: str | Path | None = None,
     memory: str | int | None = None,
@@ -53,7 +53,8 @@ def predict(
     Args:
         run: a run's folder, or a loaded `Run`; or several of one plan's patch, spacing, channels
             and labels, such as folds.
-        image: a file, a DICOM folder or zip, a `Volume`, or a `Case` whose files are the channels.
+        image: a file, a DICOM folder or zip, a `Volume`, or a `Case` whose files are the channels,
+            or such files judged already.
         out: write the label map there, slab by slab; its suffix names the format. The name appears
             when the map is complete.
         memory: a budget such as "4GiB" for what this call takes of the host's memory, and of the
@@ -185,7 +186,9 @@ def forecast(
     return next(forecasts(demand))
 
 
-def _given(image: str | Path | Volume | Case) -> ImageFiles | ImageArray:
+def _given(image: str | Path | Volume | Case | ImageFiles) -> ImageFiles | ImageArray:
+    if isinstance(image, ImageFiles):
+        return image
     if isinstance(image, Volume):
         return ImageArray.given(image)
     if isinstance(image, Case):

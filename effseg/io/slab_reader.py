@@ -1,7 +1,9 @@
 """A volume read slab by slab."""
 
 from collections.abc import Iterator
+from copy import copy
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 
@@ -62,6 +64,25 @@ class SlabReader:
                 f"{header.n_channels - 1}"
             )
         self.grid, self.dtype = header.grid, value_dtype(header)
+
+    @classmethod
+    def of_channels(cls, path: str | Path) -> tuple[Self, ...]:
+        """A reader for each channel of a volume, whose header is read once for all.
+
+        Args:
+            path: as of the class.
+
+        Raises:
+            DataError: as the class.
+            GeometryError: likewise.
+        """
+        first = cls(path, channel=0)
+        readers = [first]
+        for channel in range(1, first._header.n_channels if first._header else 1):
+            other = copy(first)
+            other._channel = channel
+            readers.append(other)
+        return tuple(readers)
 
     def slabs(self, thickness: int) -> Iterator[tuple[int, Array]]:
         """The slabs from first to last: the index of its first plane, and (n, y, x) voxels.
