@@ -3,6 +3,7 @@
 import json
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
@@ -25,7 +26,9 @@ def written_whole(path: str | Path) -> Iterator[Path]:
 
     Missing folders are made. The file is forced to the disk before it gets its name, so a crash or
     a power cut leaves the old file or the new one. A link keeps pointing: what is behind it is
-    replaced. If the block fails, nothing is left behind and what was there before stays.
+    replaced. If the block fails, nothing is left behind and what was there before stays. It may be
+    a folder too; one that was there before has another name, hidden, while the new one is put in
+    its place.
 
     Raises:
         OSError: if the folder cannot be made or the file cannot be put in place.
@@ -38,19 +41,64 @@ def written_whole(path: str | Path) -> Iterator[Path]:
         put_in_place(partial, target)
     finally:
         with suppress(OSError):
-            partial.unlink()
+            remove(partial)
 
 
-def put_in_place(partial: Path, target: Path) -> None:
-    """Give a finished file, forced to the disk, its name; both names are of one folder.
+def remove(path: Path) -> None:
+    """Take away a file, or a folder and all in it; neither need be there.
 
     Raises:
         OSError: if it cannot be done.
     """
-    _sync(partial)
-    partial.replace(target)
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def put_in_place(partial: Path, target: Path) -> None:
+    """Give a finished file or folder, forced to the disk, its name; both names are of one folder.
+
+    Raises:
+        OSError: if it cannot be done; what was there before stays then.
+    """
+    if partial.is_dir():
+        for inside in partial.rglob("*"):
+            sync(inside)
+    sync(partial)
+    if partial.is_dir() and target.exists():
+        _exchange(partial, target)
+    else:
+        partial.replace(target)
     if os.name == "posix":  # make the new name last, too, where the system can
-        _sync(target.parent)
+        sync(target.parent)
+
+
+def sync(path: Path) -> None:
+    """Bring what lies in a file, or the names in a folder, to the disk.
+
+    Raises:
+        OSError: if it cannot be done.
+    """
+    if path.is_dir() and os.name != "posix":
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _exchange(partial: Path, target: Path) -> None:
+    """Put a folder in another's place: no system call of all systems does it at once."""
+    before = target.with_name(f".{secrets.token_hex(6)}.before")
+    target.replace(before)
+    try:
+        partial.replace(target)
+    except OSError:
+        before.replace(target)
+        raise
+    shutil.rmtree(before)
 
 
 def write_text_whole(path: str | Path, text: str) -> Path:
@@ -164,11 +212,3 @@ def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(key for key in keys if keys.count(key) > 1)
         raise ValueError(f"the key {twice!r} stands in it twice")
     return content
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -202,6 +202,11 @@ class ImageFiles:
         """Of one channel of a voxel, once read."""
         return max(reader.dtype.itemsize for reader in self.readers)
 
+    @property
+    def held_bytes(self) -> int:
+        """What reading them takes beside the voxels asked for: of a Zarr store, whole chunks."""
+        return sum(reader.held_bytes(SLAB_PLANES) for reader in self.readers)
+
     def opened(self, *, whole: bool) -> ImageSource:
         """The image, read whole now, or read through as it is asked for, along axis 0 only."""
         parts: list[ImageSource]
@@ -220,11 +225,13 @@ class ImageArray:
         array: (z, y, x) or (C, z, y, x).
         grid: where its voxels lie.
         voxel_bytes: 0: nothing is read into memory whole.
+        held_bytes: 0: what chunks take is the array's own.
     """
 
     array: Array | ChunkedArray
     grid: Grid
     voxel_bytes: int = 0
+    held_bytes: int = 0
 
     @classmethod
     def given(cls, image: Volume | Array | ChunkedArray) -> Self:

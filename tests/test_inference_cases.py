@@ -61,12 +61,12 @@ class Faked:
         for name in ("forecast", "read_image", "write_volume"):
             monkeypatch.setattr(case_queue, name, getattr(self, name))
 
-    def forecast(self, run: Run, grid: Grid, *, device: str | None) -> SimpleNamespace:
+    def forecast(self, run: Run, grid: Grid, **_) -> SimpleNamespace:
         peak_bytes = self.peak_bytes if grid.shape == SHAPE else self.large_bytes
         return SimpleNamespace(peak_bytes=peak_bytes)
 
     def predict(self, run, image, *, out, memory, progress, **_) -> Volume:
-        least_bytes = max(self.least_bytes, self.forecast(run, image.grid, device=None).peak_bytes)
+        least_bytes = max(self.least_bytes, self.forecast(run, image.grid).peak_bytes)
         if memory is not None and memory < least_bytes:
             raise MemoryBudgetError("too small")
         self.sources.append(type(image).__name__)

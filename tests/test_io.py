@@ -67,7 +67,7 @@ def some_voxels(grid, n=20):
 
 
 def test_names_without_their_suffix():
-    assert VOLUME_SUFFIXES == (".nii.gz", ".nii", ".nrrd", ".mha", ".zip")
+    assert VOLUME_SUFFIXES == (".nii.gz", ".nii", ".nrrd", ".mha", ".zarr", ".zip")
     for name, case in [
         ("case_07.nii.gz", "case_07"),
         ("case.1.NII.GZ", "case.1"),

@@ -466,6 +466,7 @@ def test_ways_are_tried_from_the_fastest_to_the_least(tiny_plan: Plan) -> None:
         label_bytes=1,
         keeps_labels=False,
         n_maps=0,
+        files_bytes=0,
         has_rule=False,
         kind="cpu",
         pass_bytes=lambda n: n << 20,

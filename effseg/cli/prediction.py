@@ -49,6 +49,12 @@ def predict(
         list[int] | None,
         typer.Option("--probabilities", help="a label whose probability is written too; repeat"),
     ] = None,
+    suffix: Annotated[
+        str,
+        typer.Option(
+            "--suffix", help="of the label maps: .nii.gz, .nii, .nrrd, .mha, .zarr", metavar=".EXT"
+        ),
+    ] = ".nii.gz",
     entropy: Annotated[
         bool, typer.Option("--entropy", help="write how unsure each voxel is too, in nats")
     ] = False,
@@ -91,6 +97,7 @@ def predict(
                 coarse=rough,
                 probabilities=probabilities or (),
                 entropy=entropy,
+                suffix=suffix,
                 progress=advance,
                 report=report,
             )

@@ -17,7 +17,7 @@ from typing import Any
 from effseg.dataset.cases import Case, Dataset, case_and_channel, some
 from effseg.dataset.declared import LARGEST_TEXT_BYTES, Declared, declared, read_description
 from effseg.errors import DataError
-from effseg.io import VOLUME_SUFFIXES, list_volumes, strip_suffix
+from effseg.io import VOLUME_SUFFIXES, is_volume, list_volumes, strip_suffix
 
 LAYOUTS = (
     "expected dataset.json with imagesTr/ and labelsTr/ (nnU-Net v2 raw), dataset.json with a "
@@ -132,10 +132,10 @@ def _listed(root: Path, entries: list[tuple[str | None, Any, Any]]) -> list[Case
             continue  # what macOS leaves beside a file when it packs an archive
         given.append(name)
         firsts.append(images[0])
-        if len(images) == 1 and not images[0].is_file():
+        if len(images) == 1 and not is_volume(images[0]):
             images = _split_channels(images[0]) or images
         missing += [
-            str(file.relative_to(root)) for file in (*images, label_file) if not file.is_file()
+            str(file.relative_to(root)) for file in (*images, label_file) if not is_volume(file)
         ]
         files.append((images, label_file))
     if missing:
@@ -154,7 +154,7 @@ def _split_channels(image: Path) -> tuple[Path, ...]:
     stem = strip_suffix(image)
     ending = image.name.removeprefix(stem)
     channels: list[Path] = []
-    while (file := image.with_name(f"{stem}_{len(channels):04d}{ending}")).is_file():
+    while is_volume(file := image.with_name(f"{stem}_{len(channels):04d}{ending}")):
         channels.append(file)
     return tuple(channels)
 

@@ -8,7 +8,7 @@ from effseg.errors import DataError
 from effseg.evaluation import lesions, surface
 from effseg.evaluation.cases import check_choices, evaluate_case
 from effseg.evaluation.scores import CaseScore, Scores
-from effseg.io import VOLUME_SUFFIXES, list_volumes, read_volume, strip_suffix
+from effseg.io import VOLUME_SUFFIXES, is_volume, list_volumes, read_volume, strip_suffix
 
 CONVENTIONS = (
     "empty: undefined (null) where both masks are, Dice 0 where one is; "
@@ -93,12 +93,12 @@ def _pairs(predictions: Path, references: Path) -> dict[str, tuple[Path, Path]]:
     for path in (predictions, references):
         if not path.exists():
             raise DataError(f"{path}: no such file or folder; expected label maps")
-    if predictions.is_dir() != references.is_dir():
+    if is_volume(predictions) != is_volume(references):
         raise DataError(
             f"{predictions} and {references}: one is a folder, the other a file; "
             "give two folders or two files"
         )
-    if not predictions.is_dir():
+    if is_volume(predictions):
         return {strip_suffix(references): (predictions, references)}
     predicted, true = _volumes(predictions), _volumes(references)
     lacking = sorted(predicted.keys() - true)
@@ -132,11 +132,11 @@ def _volumes(folder: Path) -> dict[str, Path]:
 
 
 def _images(images: Path, cases: list[str]) -> dict[str, Path]:
-    if images.is_file() and len(cases) == 1:
+    if is_volume(images) and len(cases) == 1:
         return {cases[0]: images}
     if not images.is_dir():
         raise DataError(f"{images}: no such folder; expected the images of the cases")
-    found = {path.name: path for path in images.iterdir() if path.is_dir()}
+    found = {p.name: p for p in images.iterdir() if p.is_dir() and not is_volume(p)}
     found |= {strip_suffix(path): path for path in list_volumes(images)}
     shown: dict[str, Path] = {}
     for case in cases:

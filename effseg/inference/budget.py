@@ -43,6 +43,7 @@ class Demand:
         label_bytes: of one label.
         keeps_labels: whether the label map is returned in memory.
         n_maps: how many maps are made beside the labels.
+        files_bytes: what reading and writing take beside the stretch and the slabs.
         has_rule: whether components are looked for.
         kind: of the device.
         pass_bytes: what a pass over so many windows takes on the device, weights included.
@@ -61,6 +62,7 @@ class Demand:
     label_bytes: int
     keeps_labels: bool
     n_maps: int
+    files_bytes: int
     has_rule: bool
     kind: DeviceKind
     pass_bytes: Callable[[int], int]
@@ -221,6 +223,7 @@ def _forecast(
         # on a device the next is made while one is made into labels
         "slab": slab * (1 if on_host else 2) + labelling,
         "labels": native * demand.label_bytes if demand.keeps_labels else 0,
+        "files": demand.files_bytes,
         "components": COMPONENT_BYTES if demand.has_rule else 0,
         "runtime": RUNTIME_BYTES,
     }

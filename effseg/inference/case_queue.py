@@ -11,6 +11,7 @@ import numpy as np
 
 from effseg.dataset import Case, read_image
 from effseg.errors import MemoryBudgetError
+from effseg.inference.output import files_bytes
 from effseg.inference.prediction import forecast
 from effseg.inference.run import Run
 from effseg.io import write_volume
@@ -141,13 +142,19 @@ class CaseQueue:
     def _job(self, case: Case, path: Path) -> Job:
         files = ImageFiles.judged(case.images, name=case.name)
         most = max(label.value for label in self._run.plan.labels)
+        label_bytes = np.min_scalar_type(most).itemsize
         return Job(
             case,
             files,
             path,
-            peak_bytes=forecast(self._run, files.grid, device=self._device).peak_bytes,
+            peak_bytes=forecast(
+                self._run,
+                files.grid,
+                device=self._device,
+                files_bytes=files_bytes(files, path, label_bytes),
+            ).peak_bytes,
             image_bytes=4 * files.n_channels * files.grid.n_voxels,
-            label_bytes=files.grid.n_voxels * np.min_scalar_type(most).itemsize,
+            label_bytes=files.grid.n_voxels * label_bytes,
         )
 
     def _compute(self, *, following: Job | None) -> None:

@@ -14,6 +14,7 @@ from effseg.inference.budget import budget_of
 from effseg.inference.case_queue import CaseProgress, CaseQueue, CaseResult
 from effseg.inference.prediction import predict
 from effseg.inference.run import Run, load_run
+from effseg.io import WRITTEN_SUFFIXES
 from effseg.plans import PostprocessConfig
 
 _SHARD = re.compile(r"(\d+)/(\d+)")
@@ -34,6 +35,7 @@ def predict_cases(
     probabilities: Sequence[int] = (),
     entropy: bool = False,
     skip_existing: bool = False,
+    suffix: str = ".nii.gz",
     progress: CaseProgress | None = None,
     report: Callable[[CaseResult], None] | None = None,
 ) -> tuple[CaseResult, ...]:
@@ -45,8 +47,8 @@ def predict_cases(
     Args:
         run: a run's folder, or a loaded `Run`.
         cases: such as `find_images` gives; their names become the files' names.
-        out: the folder for the label maps, made if missing: `NAME.nii.gz`. A file that is there is
-            replaced, once the new one is complete.
+        out: the folder for the label maps, made if missing: `NAME` and the suffix. One that is
+            there is replaced, once the new one is complete.
         memory: a budget such as "4GiB" for all that is held at once; "auto": what is free now;
             None: no limit.
         tta: as `predict` takes it.
@@ -58,6 +60,7 @@ def predict_cases(
         probabilities: as `predict` takes them; each case is written in its turn.
         entropy: likewise.
         skip_existing: keep the label maps that are there and do only what is missing.
+        suffix: of the label maps' names, which says their format.
         progress: called after each pass of the network.
         report: called with each result as soon as it is known.
 
@@ -67,7 +70,7 @@ def predict_cases(
     Raises:
         DataError: if two cases have one name, a label map would replace an image, or `out` cannot
             be written; before anything is predicted.
-        PlanError: if the budget is no size or the device is not here.
+        PlanError: if the budget is no size, the device is not here, or the suffix names no format.
         CheckpointError: if the run cannot be loaded.
     """
     if not isinstance(run, Run):
@@ -75,7 +78,7 @@ def predict_cases(
     cases = list(cases)
     used = present_device(device or run.device)
     budget_bytes = budget_of(memory, str(used))
-    targets = _targets(cases, Path(out))
+    targets = _targets(cases, Path(out), suffix)
     queue = CaseQueue(
         run,
         partial(
@@ -100,7 +103,7 @@ def predict_cases(
     _check_writable(Path(out))
     with queue:
         for case, path in zip(cases, targets, strict=True):
-            if skip_existing and path.is_file():
+            if skip_existing and path.exists():
                 queue.keep(case, path)
             else:
                 queue.put(case, path)
@@ -131,16 +134,19 @@ def shard_of(cases: Sequence[Case], shard: str) -> list[Case]:
     return sorted(cases, key=lambda case: case.name)[which - 1 :: n]
 
 
-def _targets(cases: Sequence[Case], out: Path) -> list[Path]:
+def _targets(cases: Sequence[Case], out: Path, suffix: str) -> list[Path]:
     """Where each case's label map goes.
 
     Raises:
         DataError: if two would go to one place, or one to that of an image.
+        PlanError: if the suffix names no format.
     """
+    if suffix not in WRITTEN_SUFFIXES:
+        raise PlanError(f"suffix {suffix!r}; expected one of {', '.join(WRITTEN_SUFFIXES)}")
     images = {os.path.realpath(path) for case in cases for path in case.images}
     targets: dict[str, Path] = {}
     for case in cases:
-        path = out / f"{case.name}.nii.gz"
+        path = out / f"{case.name}{suffix}"
         if case.name in targets:
             raise DataError(f"two cases are named {case.name}, and both would be {path}")
         if os.path.realpath(path) in images:

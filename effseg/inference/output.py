@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from effseg.errors import DataError
-from effseg.io import SlabReader, SlabWriter, StoredVolume
+from effseg.io import SlabReader, SlabWriter, StoredVolume, library_bytes, writing_bytes
 from effseg.plans import PostprocessConfig
 from effseg.postprocess import ComponentStream, Removal, describe
 from effseg.resample import SLAB_PLANES, LabelSlab
+from effseg.sources import ImageArray, ImageFiles
 from effseg.volume import Grid, Volume
 
 logger = logging.getLogger("effseg")
@@ -153,6 +154,26 @@ def collect_labels(
                 turned[done : done + len(labels)] = labels
                 done += len(labels)
     return Volume(array=result, grid=grid)
+
+
+def files_bytes(
+    given: ImageFiles | ImageArray, out: str | Path | None, label_bytes: int, n_maps: int = 0
+) -> int:
+    """What reading an image and writing its label map take beside what is read and written.
+
+    Args:
+        given: the image.
+        out: where the label map goes; None: it is not written.
+        label_bytes: of one label.
+        n_maps: how many maps of float32 are written beside it.
+    """
+    names = given.paths if isinstance(given, ImageFiles) else ()
+    written = 0
+    if out is not None:
+        names = (*names, out)
+        written = writing_bytes(out, given.grid, label_bytes)
+        written += n_maps * writing_bytes(out, given.grid, 4)
+    return library_bytes(*names) + given.held_bytes + written
 
 
 def removes(rule: PostprocessConfig) -> bool:

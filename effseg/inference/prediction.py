@@ -9,7 +9,7 @@ from effseg.dataset import Case
 from effseg.errors import PlanError
 from effseg.inference.budget import Forecast, budget_of, forecasts
 from effseg.inference.fingerprints import files_of, fingerprint, voxels_of, weights_of
-from effseg.inference.output import LabelFile, collect_labels
+from effseg.inference.output import LabelFile, collect_labels, files_bytes
 from effseg.inference.region import Region
 from effseg.inference.run import Runs, load_runs
 from effseg.inference.task import Task, demand_of, found_by
@@ -94,21 +94,23 @@ def predict(
     values = [label.value for label in plan.labels]
     maps = _maps(values, probabilities, entropy=entropy, out=out)
     rule = postprocess or plan.inference.postprocess
+    given, dtype = _given(image), np.min_scalar_type(max(values))
     task = Task(
-        given=_given(image),
+        given=given,
+        files_bytes=files_bytes(given, out, dtype.itemsize, maps.n),
         budget_bytes=budget_of(memory, device or runs[0].device),
         tta=tta,
         device=device,
         skip_constant=skip_constant,
         scratch=None if out is None else Path(out).parent,
     )
-    grid = task.given.grid
+    grid = given.grid
     wanted = None if region is None else Region.of(region, grid)
     if coarse is not None:
         box = found_by(load_runs(coarse), task, margin_mm=margin_mm)
         wanted = box if wanted is None else wanted.within(box.box)
     sweep = task.sweep(runs, rule, writes=out is not None, maps=maps, region=wanted)
-    dtype, axis = np.min_scalar_type(max(values)), sweep.frame.native_axis
+    axis = sweep.frame.native_axis
 
     def pieces(done: int) -> Iterator[LabelSlab]:
         return sweep.pieces(done, progress)
@@ -130,8 +132,8 @@ def predict(
             values,
             None if wanted is None else wanted.facts,
             weights_of([one.network for one in runs]),
-            files_of(task.given.paths)
-            if isinstance(task.given, ImageFiles)
+            files_of(given.paths)
+            if isinstance(given, ImageFiles)
             else voxels_of(sweep.source, sweep.frame.axis),
         )
         if resume
@@ -159,6 +161,7 @@ def forecast(
     tta: bool = False,
     writes: bool = False,
     file_voxel_bytes: int = 0,
+    files_bytes: int = 0,
 ) -> Forecast:
     """Predict the memory of labelling an image on this grid, before anything is allocated.
 
@@ -169,6 +172,8 @@ def forecast(
         tta: as `predict` takes it.
         writes: whether the label map goes to a file.
         file_voxel_bytes: of a voxel of the image's files; 0: the image is in memory already.
+        files_bytes: what reading and writing take beside what is read and written, which is much
+            for Zarr stores alone.
 
     Returns:
         The fastest way and what it takes.
@@ -182,6 +187,7 @@ def forecast(
         rule=runs[0].plan.inference.postprocess,
         writes=writes,
         file_voxel_bytes=file_voxel_bytes,
+        files_bytes=files_bytes,
     )
     return next(forecasts(demand))
 

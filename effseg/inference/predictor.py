@@ -18,7 +18,7 @@ from effseg.inference.budget import Demand, Forecast, Sums, budget_of, choose, f
 from effseg.inference.fingerprints import fingerprint, voxels_of, weights_of
 from effseg.inference.frontier import Frontier
 from effseg.inference.headless import Blend, choose_blend
-from effseg.inference.output import LabelFile, collect_labels
+from effseg.inference.output import LabelFile, collect_labels, files_bytes
 from effseg.inference.passes import Passes, mirrors
 from effseg.inference.tracing import (
     count_outputs,
@@ -131,7 +131,7 @@ class Predictor:
             given = ImageFiles.judged([image], name=str(image))
         else:
             given = ImageArray.given(image)
-        way = self._way(given, writes=out is not None)
+        way = self._way(given, out)
         frame = way.frame
         source = given.opened(whole=way.reading == "whole")
 
@@ -158,7 +158,7 @@ class Predictor:
         )
         return file.write(pieces)
 
-    def _way(self, given: ImageFiles | ImageArray, *, writes: bool) -> Forecast:
+    def _way(self, given: ImageFiles | ImageArray, out: str | Path | None) -> Forecast:
         """How to label an image so that it fits the budget."""
         kind = device_kind(self.device.type)
         blend = self._blended(given.n_channels)
@@ -173,7 +173,7 @@ class Predictor:
             ]
             return pass_beside_others(passes, weight_bytes)
 
-        n_classes = self.n_classes(given.n_channels)
+        label_bytes = np.min_scalar_type(self.n_classes(given.n_channels) - 1).itemsize
         demand = Demand(
             frame=lambda axis: Frame.as_it_lies(given.grid, axis=axis),
             is_file=isinstance(given, ImageFiles),
@@ -184,9 +184,10 @@ class Predictor:
             patch_size=self.patch_size,
             window_batch=self.window_batch,
             mirrored=len(self.mirrors) > 1,
-            label_bytes=np.min_scalar_type(n_classes - 1).itemsize,
-            keeps_labels=not writes,
+            label_bytes=label_bytes,
+            keeps_labels=out is None,
             n_maps=0,
+            files_bytes=files_bytes(given, out, label_bytes),
             has_rule=False,
             kind=kind,
             pass_bytes=pass_bytes,

@@ -69,6 +69,7 @@ class Task:
     """An image, and what holds for every run that labels it."""
 
     given: ImageFiles | ImageArray
+    files_bytes: int
     budget_bytes: int | None
     tta: bool
     device: str | None
@@ -98,6 +99,7 @@ class Task:
             writes=writes,
             file_voxel_bytes=given.voxel_bytes,
             n_maps=maps.n,
+            files_bytes=self.files_bytes,
         )
         way = choose(
             forecasts(demand),
@@ -154,6 +156,7 @@ def demand_of(
     rule: PostprocessConfig,
     writes: bool,
     file_voxel_bytes: int,
+    files_bytes: int,
     n_maps: int = 0,
 ) -> Demand:
     """What memory depends on when some runs label an image on this grid."""
@@ -178,6 +181,7 @@ def demand_of(
         label_bytes=np.min_scalar_type(max(label.value for label in plan.labels)).itemsize,
         keeps_labels=not writes,
         n_maps=n_maps,
+        files_bytes=files_bytes,
         has_rule=removes(rule),
         kind=kind,
         pass_bytes=pass_bytes,

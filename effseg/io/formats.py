@@ -47,7 +47,13 @@ FORMATS = {
 
 DICOM_ZIP = ".zip"
 
-VOLUME_SUFFIXES: tuple[str, ...] = (*FORMATS, DICOM_ZIP)
+ZARR = ".zarr"
+"""A folder that holds a Zarr store."""
+
+WRITTEN_SUFFIXES: tuple[str, ...] = (*FORMATS, ZARR)
+"""What the name of a volume that can be written ends with."""
+
+VOLUME_SUFFIXES: tuple[str, ...] = (*WRITTEN_SUFFIXES, DICOM_ZIP)
 """What the name of a readable volume ends with; a folder that holds a DICOM series is one too."""
 
 _DETACHED = (".mhd", ".nhdr", ".hdr", ".img")
@@ -67,15 +73,32 @@ def strip_suffix(path: Path) -> str:
     return path.name[: len(path.name) - len(volume_suffix(path))]
 
 
+def is_store_name(path: Path) -> bool:
+    """Whether a volume of this name is a Zarr store."""
+    return volume_suffix(path) == ZARR
+
+
+def is_store(path: Path) -> bool:
+    """Whether a Zarr store of this name is there, sound or not."""
+    return is_store_name(path) and path.is_dir()
+
+
+def is_volume(path: Path) -> bool:
+    """Whether a file or a Zarr store is there; a folder of DICOM files is neither."""
+    return path.is_file() or is_store(path)
+
+
 def list_volumes(folder: Path) -> list[Path]:
-    """The volume files in a folder, sorted; a series of DICOM files, one a slice, is none of them.
+    """The volumes in a folder, sorted: files and Zarr stores.
+
+    A series of DICOM files, one a slice, is none of them.
 
     Hidden files are left out, such as the `._` twins that macOS leaves on other disks.
     """
     return sorted(
         path
         for path in folder.iterdir()
-        if volume_suffix(path) and not path.name.startswith(".") and path.is_file()
+        if volume_suffix(path) and not path.name.startswith(".") and is_volume(path)
     )
 
 
@@ -93,4 +116,6 @@ def format_of(path: Path) -> Format:
             f"{path}: {path.suffix} keeps its voxels in another file, which may be anywhere; "
             "convert it to .nii.gz, .nrrd or .mha"
         )
-    raise DataError(f"{path}: no format by this name; expected {', '.join(FORMATS)}")
+    if suffix == ZARR:
+        raise DataError(f"{path}: a file; expected a folder that holds a Zarr store")
+    raise DataError(f"{path}: no format by this name; expected {', '.join(WRITTEN_SUFFIXES)}")

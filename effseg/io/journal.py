@@ -1,5 +1,6 @@
 """The unfinished file of a writer that can be stopped, and the journal that says how far it is."""
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +10,7 @@ from typing import BinaryIO, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from effseg.errors import DataError
-from effseg.files import name_places, put_in_place
+from effseg.files import name_places, put_in_place, remove
 from effseg.io.voxel_stream import Seam
 from effseg.types import Shape3, Spacing
 from effseg.volume import Grid, Matrix3
@@ -53,7 +54,7 @@ class FinishedSlab(BaseModel):
 
     start: int = Field(ge=0, description="its first plane")
     stop: int = Field(ge=1, description="the plane after its last")
-    n_bytes: int = Field(ge=1, description="of the unfinished file up to its end")
+    n_bytes: int = Field(ge=1, description="of the unfinished file, or of its voxels, so far")
     n_plain: int = Field(ge=1, description="the same before packing")
     checksum: int = Field(ge=0, description="of what was packed up to its end (CRC-32)")
 
@@ -64,7 +65,7 @@ class FinishedSlab(BaseModel):
 
 
 class Unfinished:
-    """The two hidden files that lie beside a file while it is being written.
+    """The two hidden files that lie beside a file while it is being written; or a folder and one.
 
     The journal grows by a line for each slab, after the slab is on the disk: however the writer
     ends, what the journal names is there. A last line that was cut does not count, nor does what
@@ -121,7 +122,7 @@ class Unfinished:
 
     def remove(self) -> None:
         """Take both files away; the journal last, for without it the other has no meaning."""
-        self.partial.unlink(missing_ok=True)
+        remove(self.partial)
         self._journal.unlink(missing_ok=True)
 
     def _note(self, line: BaseModel, *, mode: Literal["ab", "wb"]) -> None:
@@ -143,7 +144,9 @@ class Unfinished:
                 f"{self._journal}: not a journal of slabs: {name_places(error, what='line')}; "
                 "remove it to begin anew"
             ) from error
-        n_bytes = self.partial.stat().st_size if self.partial.exists() else 0
+        n_bytes = float(self.partial.stat().st_size) if self.partial.exists() else 0
+        if self.partial.is_dir():  # of chunks, each forced to the disk before it was named
+            n_bytes = math.inf
         self._slabs = [slab for slab in slabs if slab.n_bytes <= n_bytes]
         lines = (first, *rest[: len(self._slabs)])
         os.truncate(self._journal, sum(len(line) + 1 for line in lines))

@@ -57,6 +57,11 @@ class FileLayout:
             raise DataError(f"{path}: is there and not a regular file; choose another name")
         return cls(path, form, grid, dtype, n_channels, head)
 
+    @property
+    def n_bytes(self) -> int:
+        """Of its voxels, before compression."""
+        return self.grid.n_voxels * self.n_channels * self.dtype.itemsize
+
     def write(self, voxels: Iterable[memoryview]) -> None:
         """Write the file whole, from its voxels in its own order.
 
@@ -81,22 +86,6 @@ class FileLayout:
     ) -> VoxelStream:
         """What takes the voxels into `file`; as `VoxelStream`."""
         return VoxelStream(file, self.head, packed=self.form.packed, seamed=seamed, seam=seam)
-
-    @contextmanager
-    def explained(self, left: str = "nothing was left behind") -> Iterator[None]:
-        """Say of an `OSError` inside what it stopped, and what is left.
-
-        Raises:
-            DataError: in its place.
-        """
-        try:
-            yield
-        except OSError as error:
-            n_bytes = self.grid.n_voxels * self.n_channels * self.dtype.itemsize
-            raise DataError(
-                f"{self.path}: cannot be written: {error.strerror or error} ({n_bytes} bytes of "
-                f"voxels before compression); {left}"
-            ) from error
 
     def verify(self, partial: Path, checksum: int) -> None:
         """Read back what was written: header, size and every voxel's bits.
@@ -125,3 +114,24 @@ class FileLayout:
             again = zlib.crc32(block, again)
         if again != checksum:
             raise DataError(f"{partial}: other voxels")
+
+
+@contextmanager
+def explained(path: Path, n_bytes: int, left: str = "nothing was left behind") -> Iterator[None]:
+    """Say of an `OSError` inside what it stopped, and what is left.
+
+    Args:
+        path: of what is written.
+        n_bytes: of its voxels, before compression.
+        left: what is left of it.
+
+    Raises:
+        DataError: in its place.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"{path}: cannot be written: {error.strerror or error} ({n_bytes} bytes of voxels "
+            f"before compression); {left}"
+        ) from error

@@ -6,16 +6,17 @@ import numpy as np
 
 from effseg.errors import DataError
 from effseg.io.dicom import read_series, read_series_grid
-from effseg.io.formats import DICOM_ZIP, format_of, volume_suffix
+from effseg.io.formats import DICOM_ZIP, format_of, is_store, volume_suffix
 from effseg.io.header import Header, file_bytes
 from effseg.io.payload import payload
+from effseg.io.store import Store
 from effseg.io.voxels import StoredVoxels, rescaled
 from effseg.types import Array
 from effseg.volume import Grid, Volume
 
 
 def read_volume(path: str | Path, *, channel: int | None = None) -> Volume:
-    """Read a volume: `.nii`, `.nii.gz`, `.nrrd`, `.mha`, a DICOM series in a folder or a `.zip`.
+    """Read `.nii`, `.nii.gz`, `.nrrd`, `.mha`, `.zarr`, a DICOM series in a folder or a `.zip`.
 
     The voxel type is kept, in the machine's byte order. Where a NIfTI file scales its values the
     result is float32 (float64 if stored so); DICOM gives true values (HU for CT) as int16, else
@@ -36,6 +37,10 @@ def read_volume(path: str | Path, *, channel: int | None = None) -> Volume:
         MemoryBudgetError: if there is no memory for the array.
     """
     path = Path(path)
+    if is_store(path):
+        store = Store.opened(path)
+        check_channel(path, channel, store.n_channels)
+        return store.volume(channel=channel)
     if is_series(path):
         check_channel(path, channel, 1)
         return read_series(path)
@@ -57,6 +62,9 @@ def read_grid(path: str | Path) -> tuple[Grid, int]:
         GeometryError: if its axes are not orthogonal.
     """
     path = Path(path)
+    if is_store(path):
+        store = Store.opened(path)
+        return store.grid, store.n_channels
     if is_series(path):
         return read_series_grid(path), 1
     header = header_of(path)
@@ -65,7 +73,7 @@ def read_grid(path: str | Path) -> tuple[Grid, int]:
 
 def is_series(path: Path) -> bool:
     """Whether a volume of this name is a series of DICOM files."""
-    return path.is_dir() or volume_suffix(path) == DICOM_ZIP
+    return (path.is_dir() and not is_store(path)) or volume_suffix(path) == DICOM_ZIP
 
 
 def header_of(path: Path) -> Header:

@@ -9,9 +9,11 @@ import numpy as np
 
 from effseg.errors import DataError
 from effseg.io.dicom import read_series_facts, read_series_slabs
+from effseg.io.formats import is_store
 from effseg.io.header import Header
 from effseg.io.payload import payload
 from effseg.io.reading import check_channel, header_of, is_series
+from effseg.io.store import Store
 from effseg.io.voxels import StoredVoxels, rescaled, value_dtype
 from effseg.types import Array
 from effseg.volume import Grid
@@ -26,7 +28,8 @@ class SlabReader:
         ...
     ```
 
-    Takes one slab and a block; where integers are scaled, two slabs.
+    Takes one slab and a block; where integers are scaled, two slabs; of a Zarr store chunks, see
+    `held_bytes`.
 
     A header is judged on construction. A fault further behind is found where it lies: slabs before
     it have been handed out by then. The last one comes only when the file is sound to its end.
@@ -39,6 +42,7 @@ class SlabReader:
     Attributes:
         grid: where all voxels lie.
         dtype: of the slabs; that of `read_volume`'s array.
+        n_channels: how many there are to choose from.
 
     Raises:
         DataError: as `read_volume`; if the file has several channels and none was chosen.
@@ -52,17 +56,19 @@ class SlabReader:
         self._path = Path(path)
         self._channel = channel
         self._header: Header | None = None
+        self._store: Store | None = None
+        self.n_channels = 1
+        if is_store(self._path):
+            self._store = store = Store.opened(self._path)
+            self._choose(store.n_channels)
+            self.grid, self.dtype = store.grid, store.dtype
+            return
         if is_series(self._path):
             check_channel(self._path, channel, 1)
             self.grid, self.dtype = read_series_facts(self._path)
             return
         header = self._header = header_of(self._path)
-        check_channel(self._path, channel, header.n_channels)
-        if channel is None and header.n_channels > 1:
-            raise DataError(
-                f"{self._path}: {header.n_channels} channels; expected one: choose it, 0 to "
-                f"{header.n_channels - 1}"
-            )
+        self._choose(header.n_channels)
         self.grid, self.dtype = header.grid, value_dtype(header)
 
     @classmethod
@@ -78,11 +84,15 @@ class SlabReader:
         """
         first = cls(path, channel=0)
         readers = [first]
-        for channel in range(1, first._header.n_channels if first._header else 1):
+        for channel in range(1, first.n_channels):
             other = copy(first)
             other._channel = channel
             readers.append(other)
         return tuple(readers)
+
+    def held_bytes(self, thickness: int) -> int:
+        """What `slabs` holds beside a slab and a block: of a Zarr store, whole chunks."""
+        return 0 if self._store is None else self._store.held_bytes(thickness)
 
     def slabs(self, thickness: int) -> Iterator[tuple[int, Array]]:
         """The slabs from first to last: the index of its first plane, and (n, y, x) voxels.
@@ -99,9 +109,25 @@ class SlabReader:
         """
         if thickness < 1:
             raise DataError(f"{self._path}: slabs of {thickness} planes; expected 1 or more")
+        if self._store is not None:
+            return self._store.slabs(thickness, channel=self._channel or 0)
         if self._header is None:
             return read_series_slabs(self._path, thickness, grid=self.grid, dtype=self.dtype)
         return self._of_file(self._header, thickness)
+
+    def _choose(self, n_channels: int) -> None:
+        """Have a channel that is there.
+
+        Raises:
+            DataError: if it is not, or there are several and none was chosen.
+        """
+        check_channel(self._path, self._channel, n_channels)
+        if self._channel is None and n_channels > 1:
+            raise DataError(
+                f"{self._path}: {n_channels} channels; expected one: choose it, 0 to "
+                f"{n_channels - 1}"
+            )
+        self.n_channels = n_channels
 
     def _of_file(self, header: Header, thickness: int) -> Iterator[tuple[int, Array]]:
         n_planes, *plane = header.grid.shape

@@ -1,26 +1,34 @@
 """A volume written slab by slab, as it is made."""
 
 import os
-import zlib
-from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from tempfile import TemporaryFile
 from types import TracebackType
-from typing import BinaryIO, Self
+from typing import Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from effseg.errors import DataError
-from effseg.files import written_whole
-from effseg.io.journal import Task, Unfinished
-from effseg.io.layout import FileLayout
-from effseg.io.payload import BLOCK_BYTES
-from effseg.io.voxel_stream import Seam, VoxelStream, blocks, planes_a_block
+from effseg.io.file_slabs import FileSlabs
+from effseg.io.formats import is_store_name
+from effseg.io.journal import Task
+from effseg.io.layout import FileLayout, explained
+from effseg.io.store_layout import StoreLayout
+from effseg.io.store_slabs import StoreSlabs
 from effseg.io.writing import stored_dtype
 from effseg.types import Array
 from effseg.volume import Grid
+
+
+class _Slabs(Protocol):
+    """What takes slabs, into one file or into a folder of chunks."""
+
+    def begin(self, stack: ExitStack, /) -> int: ...
+
+    def add(self, start: int, stop: int, array: Array, /) -> None: ...
+
+    def finish(self) -> None: ...
 
 
 class SlabWriter:
@@ -36,17 +44,18 @@ class SlabWriter:
     slabs were there; otherwise nothing is left behind and what was there before stays. Its bytes
     do not depend on how thick the slabs are.
 
-    Slabs along z go straight into the file. Along another axis they are staged first, unpacked,
-    in a nameless file of the same folder: the disk has to hold both.
+    Slabs along z go straight into a file. Along another axis they are staged first, unpacked, in a
+    nameless file of the same folder: the disk has to hold both. A Zarr store takes them along any
+    axis, a row of chunks at a time.
 
-    With `resume`, a writer that is stopped, killed even, leaves hidden files beside the target,
+    With `resume`, a writer that is stopped, killed even, leaves what is hidden beside the target,
     `.NAME.partial` and `.NAME.journal`, and the next one with `resume` goes on where it ended:
-    `done` says where. Each slab is forced to the disk then, and packed without knowledge of those
-    before it, so that such a file is a little larger and depends on how thick its slabs are, but
-    not on whether and where the writer was stopped.
+    `done` says where. Each slab is forced to the disk then, of a store each row of chunks; in a
+    file it is packed without knowledge of those before it, so that such a file is a little larger
+    and depends on how thick its slabs are, but not on whether and where the writer was stopped.
 
     Args:
-        path: `.nii.gz`, `.nii`, `.nrrd` or `.mha`.
+        path: `.nii.gz`, `.nii`, `.nrrd`, `.mha` or `.zarr`.
         grid: where all voxels lie.
         dtype: of the slabs. Integers and floats are kept, 64-bit ones too; bool becomes uint8,
             float16 becomes float32.
@@ -57,9 +66,9 @@ class SlabWriter:
             fingerprint, grid, type or axis is refused.
 
     Raises:
-        DataError: if the format cannot hold the volume, or the name is that of something that is
-            no file; on entering, if the file cannot be begun or an unfinished one is refused; on
-            leaving, if slabs are missing, or the file is not what was meant (a full disk).
+        DataError: if the format cannot hold the volume, or the name is that of something else that
+            would be lost; on entering, if the file cannot be begun or an unfinished one is refused;
+            on leaving, if slabs are missing, or the file is not what was meant (a full disk).
     """
 
     def __init__(
@@ -75,19 +84,23 @@ class SlabWriter:
         path = Path(path)
         if axis not in (0, 1, 2):
             raise DataError(f"{path}: slabs along axis {axis}; expected 0 (z), 1 (y) or 2 (x)")
+        self._path, self._shape, self._axis = path, grid.shape, axis
         self._given = np.dtype(dtype)
-        self._layout = FileLayout.judged(path, grid, stored_dtype(path, self._given))
-        self._axis = axis
-        self._target = Path(os.path.realpath(path))
-        self._task: Task | None = None
+        stored = stored_dtype(path, self._given)
+        self._n_bytes = grid.n_voxels * stored.itemsize
+        task: Task | None = None
         self._left = "nothing was left behind"
         if resume:
-            self._task = Task.of(
-                self._target, grid, dtype=self._given.str, axis=axis, fingerprint=fingerprint
-            )
+            target = Path(os.path.realpath(path))
+            task = Task.of(target, grid, dtype=self._given.str, axis=axis, fingerprint=fingerprint)
             self._left = "finished slabs were kept: go on with resume"
-        self._unfinished: Unfinished | None = None
-        self._open: tuple[BinaryIO, VoxelStream] | None = None
+        self._slabs: _Slabs
+        if is_store_name(path):
+            store = StoreLayout.judged(path, grid, stored)
+            self._slabs = StoreSlabs(store, axis=axis, task=task)
+        else:
+            self._slabs = FileSlabs(FileLayout.judged(path, grid, stored), axis=axis, task=task)
+        self._is_open = False
         self._stack = ExitStack()
         self._done = 0
 
@@ -97,21 +110,10 @@ class SlabWriter:
         return self._done
 
     def __enter__(self) -> Self:
-        with self._layout.explained(self._left), ExitStack() as stack:
-            self._target.parent.mkdir(parents=True, exist_ok=True)
-            last = None
-            if self._task is not None:
-                self._unfinished = Unfinished(self._target, self._task)
-                last = self._unfinished.last
-                file = stack.enter_context(self._unfinished.opened())
-            elif self._axis == 0:
-                self._partial = stack.enter_context(written_whole(self._target))
-                file = stack.enter_context(self._partial.open("xb"))
-            else:
-                file = stack.enter_context(TemporaryFile(dir=self._target.parent))
-            self._open = file, self._stream(file, last.seam if last else None)
-            self._done = last.stop if last else 0
+        with explained(self._path, self._n_bytes, self._left), ExitStack() as stack:
+            self._done = self._slabs.begin(stack)
             self._stack = stack.pop_all()
+        self._is_open = True
         return self
 
     def write(self, start: int, array: Array) -> None:
@@ -120,15 +122,11 @@ class SlabWriter:
         Raises:
             DataError: if it is not the next, has another shape or type, or cannot be written.
         """
-        if self._open is None:
-            raise DataError(f"{self._layout.path}: not open; write inside of a with block")
-        _, stream = self._open
+        if not self._is_open:
+            raise DataError(f"{self._path}: not open; write inside of a with block")
         stop = self._checked_stop(start, array)
-        with self._layout.explained(self._left):
-            for block in blocks(np.moveaxis(array, self._axis, 0), self._layout.dtype):
-                stream.append(block)
-            if self._unfinished is not None:
-                self._unfinished.add(start, stop, stream.seam())
+        with explained(self._path, self._n_bytes, self._left):
+            self._slabs.add(start, stop, array)
         self._done = stop
 
     def __exit__(
@@ -137,22 +135,18 @@ class SlabWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        opened, self._open = self._open, None
-        if kind is None and opened is not None:
-            with self._layout.explained(self._left), self._stack:
-                self._finish(*opened)
+        was_open, self._is_open = self._is_open, False
+        if kind is None and was_open:
+            with explained(self._path, self._n_bytes, self._left), self._stack:
+                self._check_all_there()
+                self._slabs.finish()
         else:
             with suppress(OSError):  # of closing a file that the disk has no room for
                 self._stack.__exit__(kind, error, trace)
 
-    def _stream(self, file: BinaryIO, seam: Seam | None) -> VoxelStream:
-        if self._axis == 0:
-            return self._layout.stream(file, seamed=self._unfinished is not None, seam=seam)
-        return VoxelStream(file, b"", packed="", seam=seam)
-
     def _checked_stop(self, start: int, array: Array) -> int:
         """The plane after the slab's last, if it is the next slab and of the right kind."""
-        path, shape = self._layout.path, self._layout.grid.shape
+        path, shape = self._path, self._shape
         if start != self._done:
             raise DataError(
                 f"{path}: a slab from plane {start}; expected the next, from {self._done}"
@@ -169,69 +163,10 @@ class SlabWriter:
             )
         return start + thickness
 
-    def _finish(self, file: BinaryIO, stream: VoxelStream) -> None:
-        path, n_planes = self._layout.path, self._layout.grid.shape[self._axis]
+    def _check_all_there(self) -> None:
+        n_planes = self._shape[self._axis]
         if self._done != n_planes:
             raise DataError(
-                f"{path}: {self._done} of {n_planes} planes along axis {self._axis} were written; "
-                f"expected all; {self._left}"
+                f"{self._path}: {self._done} of {n_planes} planes along axis {self._axis} were "
+                f"written; expected all; {self._left}"
             )
-        if self._axis != 0:
-            self._finish_staged(file, stream)
-            return
-        stream.end()
-        file.close()
-        if self._unfinished is None:
-            self._layout.verify(self._partial, stream.checksum)
-            return
-        try:
-            self._layout.verify(self._unfinished.partial, stream.checksum)
-        except DataError:
-            self._unfinished.remove()  # nothing to go on with
-            raise
-        self._unfinished.put_in_place(self._unfinished.partial)
-
-    def _finish_staged(self, file: BinaryIO, stream: VoxelStream) -> None:
-        self._check_stage(file, stream)
-        voxels = self._unstaged(file)
-        if self._unfinished is None:
-            self._layout.write(voxels)
-            return
-        whole = self._target.with_name(f".{self._target.name}.whole")
-        try:
-            self._layout.write_to(whole, voxels)
-            file.close()
-            self._unfinished.put_in_place(whole)
-        finally:
-            whole.unlink(missing_ok=True)
-
-    def _check_stage(self, file: BinaryIO, stream: VoxelStream) -> None:
-        """Read back what was staged, as a file is."""
-        file.flush()
-        file.seek(0)
-        again = 0
-        while block := file.read(BLOCK_BYTES):
-            again = zlib.crc32(block, again)
-        if again != stream.checksum:
-            if self._unfinished is not None:
-                self._unfinished.remove()
-            raise DataError(
-                f"{self._layout.path}: its staged voxels are not what was written, is the disk "
-                "full?"
-            )
-
-    def _unstaged(self, file: BinaryIO) -> Iterator[memoryview]:
-        """The staged voxels in the order of the file, a block of planes at a time.
-
-        Read, not mapped: of a mapped file the system keeps far more resident than is asked for.
-        """
-        shape, dtype = self._layout.grid.shape, self._layout.dtype
-        row_bytes = shape[3 - self._axis] * dtype.itemsize
-        block = np.empty((min(planes_a_block(shape), shape[0]), *shape[1:]), dtype=dtype)
-        for first in range(0, shape[0], len(block)):
-            planes = block[: shape[0] - first]
-            for index, part in enumerate(np.moveaxis(planes, self._axis, 0)):
-                file.seek((index * shape[0] + first) * row_bytes)
-                rows = np.frombuffer(file.read(len(planes) * row_bytes), dtype=dtype)
-                part[...] = rows.reshape(part.shape)
-            yield from blocks(planes, dtype)

@@ -6,10 +6,13 @@ from pathlib import Path
 import numpy as np
 
 from effseg.errors import DataError
-from effseg.io.layout import FileLayout
+from effseg.io.formats import is_store_name
+from effseg.io.layout import FileLayout, explained
+from effseg.io.store_layout import StoreLayout
+from effseg.io.store_slabs import store_bytes, write_store
 from effseg.io.voxel_stream import blocks
 from effseg.types import Array
-from effseg.volume import Volume
+from effseg.volume import Grid, Volume
 
 _KEPT = frozenset(("i1", "u1", "i2", "u2", "i4", "u4", "i8", "u8", "f4", "f8"))
 _WIDENED = {"b1": "u1", "f2": "f4"}
@@ -17,7 +20,7 @@ _SMALLER = ("u1", "i2", "u2", "i4", "u4")
 
 
 def write_volume(volume: Volume, path: str | Path) -> Path:
-    """Write a volume as `.nii.gz`, `.nii`, `.nrrd` or `.mha`, by the end of the name.
+    """Write a volume as `.nii.gz`, `.nii`, `.nrrd`, `.mha` or `.zarr`, by the end of the name.
 
     The file appears under its name only when it is complete: it is written beside it, forced to
     the disk, read back and compared. The voxel type is kept, with three exceptions: bool becomes
@@ -25,6 +28,9 @@ def write_volume(volume: Volume, path: str | Path) -> Path:
     their values (if none does, they stay), float16 becomes float32. Several channels become a
     fourth axis, `ElementNumberOfChannels` in MHA; one channel becomes three axes. `.nii.gz` and
     `.nrrd` are compressed. NIfTI rounds the numbers of the affine to float32 (a relative 6e-8).
+
+    A `.zarr` is a folder: an OME-Zarr 0.5 image of one resolution in Zarr's format 3, compressed,
+    with the direction of its axes under the key `effseg`.
 
     Returns:
         The path.
@@ -39,10 +45,31 @@ def write_volume(volume: Volume, path: str | Path) -> Path:
     dtype = stored_dtype(path, array.dtype)
     if dtype.kind in "iu" and dtype.itemsize == 8 and array.size:
         dtype = _smallest(array, dtype)
+    if is_store_name(path):
+        n_channels = None
+        if volume.n_channels == 1:
+            array = array.reshape(volume.grid.shape)
+        else:
+            n_channels = volume.n_channels
+        store = StoreLayout.judged(path, volume.grid, dtype, n_channels=n_channels)
+        with explained(path, array.size * dtype.itemsize):
+            write_store(store, array)
+        return path
     layout = FileLayout.judged(path, volume.grid, dtype, n_channels=volume.n_channels)
-    with layout.explained():
+    with explained(path, layout.n_bytes):
         layout.write(_voxels(array, layout))
     return path
+
+
+def writing_bytes(path: str | Path, grid: Grid, itemsize: int) -> int:
+    """What `SlabWriter` takes beside its slabs, above a few MiB: of a Zarr store a row of chunks.
+
+    Args:
+        path: to be written.
+        grid: of its voxels.
+        itemsize: bytes of one.
+    """
+    return store_bytes(grid, itemsize) if is_store_name(Path(path)) else 0
 
 
 def stored_dtype(path: Path, dtype: "np.dtype[np.generic]") -> "np.dtype[np.generic]":
