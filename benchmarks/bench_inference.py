@@ -4,7 +4,8 @@
 
 `value` is what a row says, `goal` what it shall be. Each number comes from a fresh process; bytes
 are its peak of resident memory above what it held with the input loaded. Peers run where they are
-installed: MONAI is, `pip install torchio` brings the other. A complete run leaves its rows in
+installed, else their rows are skipped by name: MONAI is, `pip install "effseg[bench]"`, or `pip
+install torchio konfai`, brings the others. A complete run leaves its rows in
 `benchmarks/results/inference.csv`.
 """
 
@@ -202,6 +203,7 @@ ROWS: dict[str, Callable[[], Row]] = {
     "the same, 16-feature head": partial(blended, HEAD, at_most=0.8),
     "the same, MONAI": partial(blended, LOGITS, tool="monai"),
     "the same, TorchIO": partial(blended, LOGITS, tool="torchio"),
+    "the same, KonfAI": partial(blended, LOGITS, tool="konfai"),
     "C=118 over C=2, 32 features": partial(
         peak_ratio, MANY, replace(MANY, n_classes=2), at_most=1.05
     ),
@@ -221,7 +223,7 @@ ROWS: dict[str, Callable[[], Row]] = {
     "the same, over its forecast": partial(whole_body_forecast, *WHOLE_BODY),
     "time over MONAI's": partial(time_over_monai, LOGITS, rounds=2),
 }
-NEEDS = {"the same, TorchIO": "torchio"}
+NEEDS = {"the same, TorchIO": "torchio", "the same, KonfAI": "konfai"}
 
 
 @pytest.fixture(scope="module")

@@ -149,10 +149,38 @@ def by_torchio(case: Case, network: nn.Module, image: Array) -> Array:
     return aggregator.get_output_tensor().argmax(dim=0).to(torch.uint8).numpy()
 
 
+@torch.inference_mode()
+def by_konfai(case: Case, network: nn.Module, image: Array) -> Array:
+    """Slab by slab as its streamed export does, each slab made into labels and let go."""
+    from konfai.data.patching import Gaussian, StreamingAccumulator
+    from konfai.utils.utils import get_patch_slices_from_shape
+
+    window = list(case.window)
+    overlap = [int(n * case.overlap) for n in window]
+    boxes = get_patch_slices_from_shape(window, list(image.shape), overlap)
+    combine = Gaussian()
+    combine.set_patch_config(window, overlap)
+    accumulator = StreamingAccumulator(boxes, window, combine)
+    labels = np.empty(image.shape, np.uint8)
+
+    def put(slabs: list[tuple[slice, Tensor]]) -> None:
+        for planes, logits in slabs:
+            labels[planes] = logits[0].argmax(dim=0).to(torch.uint8).numpy()
+
+    for index, box in enumerate(boxes):
+        part = torch.from_numpy(image[box])
+        missing = [n - m for n, m in zip(window, part.shape, strict=True)]  # of the last windows
+        padding = [amount for n in reversed(missing) for amount in (0, n)]
+        put(accumulator.add_layer(index, network(nn.functional.pad(part, padding)[None, None])))
+    put(accumulator.finalize())
+    return labels
+
+
 BLENDERS: dict[str, Callable[[Case, nn.Module, Array], Array | None]] = {
     "effseg": by_effseg,
     "monai": by_monai,
     "torchio": by_torchio,
+    "konfai": by_konfai,
 }
 
 
