@@ -12,7 +12,7 @@ import pytest
 import SimpleITK as sitk  # noqa: N813 - its users know it by this name
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_io import SUFFIXES, room_for
+from volume_files import SUFFIXES, room_for
 
 from effseg.errors import DataError
 from effseg.io import SlabReader, SlabWriter, read_volume, write_volume

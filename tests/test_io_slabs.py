@@ -12,7 +12,7 @@ import pytest
 import SimpleITK as sitk  # noqa: N813 - its users know it by this name
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_io import (
+from volume_files import (
     DTYPES,
     GRID,
     SUFFIXES,

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_io import DTYPES, GRID, ORDERS, room_for, volume_of
+from volume_files import DTYPES, GRID, ORDERS, room_for, volume_of
 
 from effseg.errors import DataError, GeometryError
 from effseg.io import (
@@ -27,7 +27,7 @@ from effseg.volume import Grid, Volume
 
 zarr = pytest.importorskip("zarr")
 
-LONG = Grid(shape=(37, 9, 35), spacing=(2.5, 0.7, 0.8), origin=(-301.1, 72.3, -45.6))
+LONG = Grid(shape=(37, 9, 39), spacing=(2.5, 0.7, 0.8), origin=(-301.1, 72.3, -45.6))
 ARRAY = np.random.default_rng(0).integers(0, 5, LONG.shape).astype("u1")
 
 
@@ -82,9 +82,9 @@ def image_of(**changes):
     return {"axes": axes, "datasets": levels} | changes
 
 
-def test_all_48_axis_orders_of_an_oblique_volume_come_back(tmp_path):
+def test_axis_orders_of_an_oblique_volume_come_back(tmp_path):
     whole = volume_of()
-    for n, axes in enumerate(ORDERS):
+    for n, axes in enumerate(ORDERS[::7]):
         stored = whole.reordered(axes)
         path = write_volume(stored, tmp_path / f"{n}.zarr")
         back = read_volume(path)
@@ -217,13 +217,12 @@ def test_slabs_make_the_same_store_however_thick(tmp_path_factory, axis, thickne
 @pytest.mark.parametrize("axis", [0, 2])
 def test_a_stopped_writer_goes_on_at_a_whole_row_of_chunks(tmp_path, axis):
     path = tmp_path / "slabs" / "a.zarr"
-    for stop, begun in ((17, 0), (20, 16), (34, 16)):
+    for stop, begun in ((17, 16), (20, 16), (34, 32)):
         with pytest.raises(InterruptedError):
             write_slabs(path, axis=axis, stop=stop)
         assert names(path.parent) == [".a.zarr.journal", ".a.zarr.partial"]
-        if begun:
-            shutil.copytree(path.parent, tmp_path / f"copy {stop}")
-            assert write_slabs(tmp_path / f"copy {stop}" / "a.zarr", axis=axis) == begun
+        shutil.copytree(path.parent, tmp_path / f"copy {stop}")
+        assert write_slabs(tmp_path / f"copy {stop}" / "a.zarr", axis=axis) == begun
     assert write_slabs(path, axis=axis) == 32
     assert names(path.parent) == ["a.zarr"]
     assert np.array_equal(read_volume(path).array, ARRAY)
@@ -313,14 +312,14 @@ def test_metadata_of_another_shape_are_noticed(tmp_path):
     writer.write(0, ARRAY)
     (metadata,) = (f for f in tmp_path.rglob("zarr.json") if f.parent.name == "0")
     said = json.loads(metadata.read_text())
-    metadata.write_text(json.dumps(said | {"shape": [36, 9, 35]}))
+    metadata.write_text(json.dumps(said | {"shape": [36, 9, 39]}))
     with pytest.raises(DataError, match="not what was written"):
         writer.__exit__(None, None, None)
 
 
 @pytest.mark.parametrize("axis", [0, 2])
 def test_slabs_take_what_was_foretold(tmp_path, axis):
-    grid = Grid((96, 128, 160))
+    grid = Grid((64, 96, 112))
     slab = np.random.default_rng(0).normal(size=grid.crop((slice(4),) * 3).shape).astype("f4")
     slab = np.resize(slab, [8 if i == axis else n for i, n in enumerate(grid.shape)])
     path = tmp_path / "a.zarr"

@@ -169,8 +169,8 @@ def write_store(layout: StoreLayout, array: Array) -> None:
 def store_bytes(grid: Grid, itemsize: int) -> int:
     """What `StoreSlabs` takes beside the slabs, along whichever axis they come."""
     plane = grid.n_voxels // min(grid.shape)
-    # a row, the same on its way through the codecs; or, read back, the same
-    return 3 * min(ROW_PLANES, max(grid.shape)) * plane * itemsize
+    # a row, its chunks and what they are packed into; or, read back, the same and a row turned
+    return 4 * min(ROW_PLANES, max(grid.shape)) * plane * itemsize
 
 
 def _reopened(partial: Path) -> Any:
