@@ -9,6 +9,7 @@ from typing import Literal
 
 from effseg.devices import DeviceKind
 from effseg.errors import MemoryBudgetError
+from effseg.inference.pace import MOST_WINDOWS
 from effseg.memory import parse_budget
 from effseg.plans import format_bytes
 from effseg.postprocess import COMPONENT_BYTES
@@ -69,6 +70,19 @@ class Demand:
     weight_bytes: int
 
 
+def most_windows(window_batch: int | None, kind: DeviceKind, budget_bytes: int | None) -> int:
+    """How many windows a pass may take, memory aside.
+
+    Args:
+        window_batch: as a plan says; None: what is fastest, told by timing.
+        kind: of the device.
+        budget_bytes: what may be taken; None: nobody said, and a CPU's memory is others' too.
+    """
+    if window_batch is not None:
+        return window_batch
+    return 1 if kind == "cpu" and budget_bytes is None else MOST_WINDOWS[kind]
+
+
 @dataclass(frozen=True)
 class Forecast:
     """A way to label an image, and what it takes at most, in bytes.
@@ -76,7 +90,7 @@ class Forecast:
     Attributes:
         frame: how the image is swept.
         reading: whether the image is in memory already, is read whole, or streamed.
-        window_batch: windows in one pass.
+        window_batch: windows in one pass, at most.
         sums: where windows are summed up.
         parts: what takes how much host memory; those named "pass" and "slab" not at once.
         device_bytes: on the device; 0 where that is the host.
@@ -111,7 +125,7 @@ class Forecast:
         return (
             f"at most {format_bytes(self.host_bytes)} of memory{device} ({words}): "
             f"image {image[self.reading]}, swept along {'zyx'[self.frame.axis]}, "
-            f"{self.window_batch} windows a pass, sums on the {self.sums}"
+            f"up to {self.window_batch} windows a pass, sums on the {self.sums}"
         )
 
 

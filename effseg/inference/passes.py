@@ -69,8 +69,8 @@ class Passes:
         self._most: int | None = None  # windows in a pass, once more were too many
 
     @torch.inference_mode()
-    def run(self, image: SweptImage, boxes: Sequence[Slices3]) -> None:
-        """Pass some windows and blend what comes of them."""
+    def run(self, image: SweptImage, boxes: Sequence[Slices3]) -> int:
+        """Pass some windows and blend what comes of them; how many a network has seen."""
         fresh: list[Slices3] = []
         windows: list[npt.NDArray[np.float32]] = []
         constant: dict[int, tuple[float, ...]] = {}
@@ -90,6 +90,12 @@ class Passes:
             windows.append(window)
         if fresh:
             self._pass(fresh, np.stack(windows), constant)
+        return len(fresh)
+
+    def wait(self) -> None:
+        """Until the device is done with what it was given."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
 
     def _pass(
         self,

@@ -14,11 +14,20 @@ from torch import nn
 from effseg.devices import AUTOCAST, Precision, device_kind, present_device
 from effseg.errors import PlanError
 from effseg.inference.ahead import ahead
-from effseg.inference.budget import Demand, Forecast, Sums, budget_of, choose, forecasts
+from effseg.inference.budget import (
+    Demand,
+    Forecast,
+    Sums,
+    budget_of,
+    choose,
+    forecasts,
+    most_windows,
+)
 from effseg.inference.fingerprints import fingerprint, voxels_of, weights_of
 from effseg.inference.frontier import Frontier
 from effseg.inference.headless import Blend, choose_blend
 from effseg.inference.output import LabelFile, collect_labels, files_bytes
+from effseg.inference.pace import Pace
 from effseg.inference.passes import Passes, mirrors
 from effseg.inference.tracing import (
     count_outputs,
@@ -55,7 +64,8 @@ class Predictor:
         overlap: the least share of a window that its neighbour covers.
         tta: average over the 8 mirrors.
         device: where the network runs, "cpu", "cuda" or "cuda:1".
-        window_batch: windows in one pass.
+        window_batch: windows in one pass; None: as many as are fastest, told by timing 1, 2, 4, ...
+            as far as `memory` has room; on a CPU without a budget 1.
         precision: autocast type; "float32" switches autocast off.
         skip_constant: run windows of one constant value, such as clipped air, once for all that
             have the same; the result is the same.
@@ -64,6 +74,9 @@ class Predictor:
             the host or the disk, are taken to keep it.
         scratch: folder of files that sums go to where memory is short; None: where the system has
             its temporary ones.
+
+    Attributes:
+        pace: what was found of how many windows a pass should take.
 
     Raises:
         PlanError: if an argument is out of range or the device is not there.
@@ -77,16 +90,15 @@ class Predictor:
         overlap: float = 0.5,
         tta: bool = False,
         device: str = "cpu",
-        window_batch: int = 1,
+        window_batch: int | None = None,
         precision: Precision = "float32",
         skip_constant: bool = False,
         memory: str | int | None = None,
         scratch: str | Path | None = None,
     ) -> None:
-        if min(patch_size) < 1 or window_batch < 1:
-            raise PlanError(
-                f"patch_size {patch_size}, window_batch {window_batch}; expected at least 1 each"
-            )
+        for name, least in (("patch_size", min(patch_size)), ("window_batch", window_batch)):
+            if least is not None and least < 1:
+                raise PlanError(f"{name} {least}; expected at least 1")
         if not 0 <= overlap < 1:
             raise PlanError(f"overlap {overlap}; expected 0 <= overlap < 1")
         networks = (network,) if isinstance(network, nn.Module) else tuple(network)
@@ -102,6 +114,7 @@ class Predictor:
         self.skip_constant = skip_constant
         self.memory = budget_of(memory, device)
         self.scratch = Path(tempfile.gettempdir() if scratch is None else scratch)
+        self.pace = Pace()
         self._blend: Blend | None = None
         self._n_classes: int | None = None
 
@@ -182,7 +195,7 @@ class Predictor:
             n_channels=given.n_channels,
             n_blended=self.n_blended(given.n_channels),
             patch_size=self.patch_size,
-            window_batch=self.window_batch,
+            window_batch=most_windows(self.window_batch, kind, self.memory),
             mirrored=len(self.mirrors) > 1,
             label_bytes=label_bytes,
             keeps_labels=out is None,
@@ -253,7 +266,7 @@ class Predictor:
             start: the first position along the axis that is wanted.
             needed: which windows to pass; None: all. Where none was, logits or features are 0.
             progress: called after each pass.
-            window_batch: windows in one pass; None: the predictor's.
+            window_batch: windows in one pass, at most; None: as the predictor has them.
             sums: where windows are summed up.
 
         Returns:
@@ -276,7 +289,9 @@ class Predictor:
             source=source,
             sweep=sweep,
             passes=partial(self._passes, blend, sums=sums),
-            window_batch=window_batch or self.window_batch,
+            window_batch=window_batch
+            or most_windows(self.window_batch, device_kind(self.device.type), None),
+            pace=self.pace if self.window_batch is None else None,
             n_blended=lambda: self.n_blended(source.n_channels),
             start=start,
             needed=needed,

@@ -14,6 +14,7 @@ from torch import nn
 from effseg.devices import AUTOCAST, DeviceKind, is_present
 from effseg.errors import CheckpointError, PlanError
 from effseg.inference.headless import Headless, find_headless
+from effseg.inference.pace import Pace
 from effseg.inference.tracing import traced_pass_bytes
 from effseg.networks import build_network
 from effseg.plans import Plan
@@ -30,6 +31,10 @@ class Run:
     plan: Plan
     network: nn.Module
     _window_bytes: dict[tuple[DeviceKind, int], int] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
+    _paces: dict[tuple[object, ...], Pace] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
 
@@ -51,13 +56,16 @@ class Run:
         shape = (1, len(self.plan.channels), *self.plan.patch_size)
         return find_headless(self.network, shape)
 
-    def window_bytes(self, kind: DeviceKind, window_batch: int | None = None) -> int:
-        """What one pass over a batch of windows takes at most, weights included; traced once.
+    def pace(self, manner: tuple[object, ...]) -> Pace:
+        """What was found of how many windows a pass should take, in a manner of passing them."""
+        return self._paces.setdefault(manner, Pace())
+
+    def window_bytes(self, kind: DeviceKind, n: int) -> int:
+        """What one pass over so many windows takes at most, weights included; traced once.
 
         On a CUDA device with what its allocator keeps for itself.
         """
         plan = self.plan
-        n = plan.inference.window_batch if window_batch is None else window_batch
         if (kind, n) not in self._window_bytes:
             self._window_bytes[kind, n] = traced_pass_bytes(
                 self.headless or self.network,

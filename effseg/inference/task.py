@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from effseg.devices import device_kind, present_device
-from effseg.inference.budget import Demand, Forecast, choose, forecasts
+from effseg.inference.budget import Demand, Forecast, choose, forecasts, most_windows
 from effseg.inference.output import removes
 from effseg.inference.predictor import Predictor
 from effseg.inference.region import Region
@@ -100,6 +100,7 @@ class Task:
             file_voxel_bytes=given.voxel_bytes,
             n_maps=maps.n,
             files_bytes=self.files_bytes,
+            budget_bytes=self.budget_bytes,
         )
         way = choose(
             forecasts(demand),
@@ -112,10 +113,12 @@ class Task:
             overlap=plan.inference.overlap,
             tta=self.tta,
             device=device,
+            window_batch=plan.inference.window_batch,
             precision=plan.precision,
             skip_constant=self.skip_constant,
             scratch=self.scratch,
         )
+        predictor.pace = runs[0].pace((device, self.tta, len(runs)))
         image = given.opened(whole=way.reading == "whole")
         return RunSweep(
             frame=way.frame,
@@ -158,6 +161,7 @@ def demand_of(
     file_voxel_bytes: int,
     files_bytes: int,
     n_maps: int = 0,
+    budget_bytes: int | None = None,
 ) -> Demand:
     """What memory depends on when some runs label an image on this grid."""
     plan, kind = runs[0].plan, device_kind(device)
@@ -176,7 +180,7 @@ def demand_of(
         n_channels=len(plan.channels),
         n_blended=n_blended,
         patch_size=plan.patch_size,
-        window_batch=plan.inference.window_batch,
+        window_batch=most_windows(plan.inference.window_batch, kind, budget_bytes),
         mirrored=tta,
         label_bytes=np.min_scalar_type(max(label.value for label in plan.labels)).itemsize,
         keeps_labels=not writes,

@@ -1,7 +1,7 @@
 """A sweep of windows over an image, which hands on what no later window touches."""
 
 import logging
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 
@@ -11,6 +11,7 @@ import torch
 
 from effseg.errors import DataError
 from effseg.inference.frontier import Frontier
+from effseg.inference.pace import Pace
 from effseg.inference.passes import Passes
 from effseg.inference.windows import SweptImage, inside_padded
 from effseg.memory import mapped_blocks
@@ -36,7 +37,8 @@ class SweepUnderWay:
         source: the image.
         sweep: over the padded image.
         passes: makes what passes the windows of a sweep, or of what is left of it.
-        window_batch: windows in one pass.
+        window_batch: windows in one pass, at most.
+        pace: tells how many of them are fastest; None: that many.
         n_blended: tells how many channels are blended; asked only where no window may be needed.
         start: the first position of the image along the swept axis that is wanted.
         needed: which windows to pass; None: all.
@@ -47,6 +49,7 @@ class SweepUnderWay:
     sweep: Sweep
     passes: Callable[[Sweep], Passes]
     window_batch: int
+    pace: Pace | None
     n_blended: Callable[[], int]
     start: int
     needed: Needed | None
@@ -71,10 +74,9 @@ class SweepUnderWay:
                 image.load(layer.start + sweep.window[axis])
                 boxes = [box for box in layer.windows if needed is None or needed(image.given(box))]
                 passes.n_needless += len(layer.windows) - len(boxes)
-                for first in range(0, len(boxes), self.window_batch):
-                    batch = boxes[first : first + self.window_batch]
-                    passes.run(image, batch)
-                    done += len(batch)
+                while boxes:
+                    n = self._pass(passes, image, boxes)
+                    boxes, done = boxes[n:], done + n
                     if self.progress is not None:
                         self.progress(done + passes.n_needless, sweep.n_windows)
                 low, high = max(layer.start, inside.start + start), min(layer.stop, inside.stop)
@@ -87,6 +89,17 @@ class SweepUnderWay:
             logger.info("%d of %d windows were constant, and skipped", passes.n_skipped, done)
         if needed is not None:
             logger.info("%d of %d windows were needed", done, sweep.n_windows)
+
+    def _pass(self, passes: Passes, image: SweptImage, boxes: Sequence[Slices3]) -> int:
+        """Pass the next windows of a layer; how many they are."""
+        if self.pace is None:
+            batch = boxes[: self.window_batch]
+            passes.run(image, batch)
+        else:
+            # no pass is larger than a layer: a size that never fills could not be timed
+            batch = boxes[: self.pace.windows(min(self.window_batch, len(boxes)))]
+            self.pace.run(lambda: passes.run(image, batch), len(batch), wait=passes.wait)
+        return len(batch)
 
 
 @torch.inference_mode()

@@ -141,7 +141,7 @@ def plan(
             augment=AugmentConfig(flip_axes=flips),
             optimizer=OptimizerConfig(learning_rate=rate),
         ),
-        inference=InferenceConfig(window_batch=step.batch, postprocess=rule),
+        inference=InferenceConfig(postprocess=rule),
         memory=Memory(
             budget_bytes=budget,
             peak_bytes=step.peak_bytes,

@@ -18,5 +18,10 @@ class InferenceConfig(Config):
     """The sliding window."""
 
     overlap: float = Field(0.5, ge=0, lt=1, description="share of a window its neighbour covers")
-    window_batch: int = Field(1, ge=1)
+    window_batch: int | None = Field(
+        None,
+        ge=1,
+        description="windows in one pass; null: as many as are fastest, told by timing 1, 2, 4, "
+        "... as far as the budget has room; 1 on a CPU without a budget",
+    )
     postprocess: PostprocessConfig = PostprocessConfig()

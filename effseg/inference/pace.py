@@ -1,0 +1,80 @@
+"""How many windows a pass should take, told by timing passes that are made anyway."""
+
+import logging
+import time
+from collections.abc import Callable
+
+from effseg.devices import DeviceKind
+
+logger = logging.getLogger("effseg")
+
+MOST_WINDOWS: dict[DeviceKind, int] = {"cpu": 4, "cuda": 16}
+"""In a pass that is timed. A CPU's convolutions keep every core busy with one window already."""
+
+N_TIMED = 2
+"""Passes of a size, of which the shortest counts; one before them finds kernels and warms up."""
+
+WORTH = 0.95
+"""Of the seconds a window takes: twice as many at once must do with less, or memory is wasted."""
+
+
+class Pace:
+    """Seconds that a window takes in passes of 1, 2, 4, ... windows.
+
+    Each size is tried on windows that are due; what comes of them is used. Twice as many windows
+    are tried as long as that pays. Which size wins changes logits by rounding at most.
+    """
+
+    def __init__(self) -> None:
+        self._seconds: dict[int, list[float]] = {}
+        self._told: int | None = None
+
+    def windows(self, most: int) -> int:
+        """How many windows the next pass should take, of at most so many."""
+        size = 1
+        while self._is_known(size) and 2 * size <= most:
+            if self._is_known(2 * size) and not self._pays(2 * size):
+                break
+            size *= 2
+        if self._is_known(size):
+            self._tell(size)
+        return size
+
+    def run(self, call: Callable[[], int], n_windows: int, *, wait: Callable[[], None]) -> None:
+        """Make a pass, and note how long it took where that is not known yet.
+
+        Args:
+            call: makes it; returns how many windows were passed, constant ones being left out.
+            n_windows: how many there are.
+            wait: returns when the device is done with all it was given.
+        """
+        if self._is_known(n_windows):
+            call()
+            return
+        wait()
+        start = time.perf_counter()
+        n_passed = call()
+        wait()
+        if n_passed == n_windows:
+            seconds = (time.perf_counter() - start) / n_windows
+            self._seconds.setdefault(n_windows, []).append(seconds)
+
+    def _is_known(self, size: int) -> bool:
+        return len(self._seconds.get(size, ())) > N_TIMED
+
+    def _of_window(self, size: int) -> float:
+        return min(self._seconds[size][1:])
+
+    def _pays(self, size: int) -> bool:
+        return self._of_window(size) <= WORTH * self._of_window(size // 2)
+
+    def _tell(self, size: int) -> None:
+        if self._told == size:
+            return
+        self._told = size
+        tried = ", ".join(
+            f"{1000 * self._of_window(n):.3g} ms with {n}"
+            for n in sorted(self._seconds)
+            if self._is_known(n)
+        )
+        logger.info("%d windows a pass: one takes %s", size, tried)
