@@ -213,14 +213,14 @@ def test_a_full_disk_leaves_nothing(tmp_path, suffix, axis):
 
 
 def test_staged_voxels_that_were_lost_are_noticed(tmp_path, monkeypatch):
-    def lossy(file, stream):  # a disk that keeps something else than what it was given
-        file.flush()
-        os.pwrite(file.fileno(), b"\xff", 20)
-        return finish(file, stream)
+    def lossy():  # a disk that keeps something else than what it was given
+        writer._slabs._file.flush()
+        os.pwrite(writer._slabs._file.fileno(), b"\xff", 20)
+        return finish()
 
     writer = SlabWriter(tmp_path / "a.nii", GRID, "i2", axis=1)
-    finish = writer._finish
-    monkeypatch.setattr(writer, "_finish", lossy)
+    finish = writer._slabs.finish
+    monkeypatch.setattr(writer._slabs, "finish", lossy)
     writer.__enter__()
     writer.write(0, volume_of("i2").array)
     with pytest.raises(DataError, match="staged voxels are not what was written"):

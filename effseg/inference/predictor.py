@@ -3,7 +3,7 @@
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,7 @@ from torch import nn
 from effseg.devices import AUTOCAST, Precision, device_kind, present_device
 from effseg.errors import PlanError
 from effseg.inference.ahead import ahead
+from effseg.inference.blending import Blending
 from effseg.inference.budget import (
     Demand,
     Forecast,
@@ -25,16 +26,11 @@ from effseg.inference.budget import (
 )
 from effseg.inference.fingerprints import fingerprint, voxels_of, weights_of
 from effseg.inference.frontier import Frontier
-from effseg.inference.headless import Blend, choose_blend
+from effseg.inference.headless import Blend
 from effseg.inference.output import LabelFile, collect_labels, files_bytes
 from effseg.inference.pace import Pace
 from effseg.inference.passes import Passes, mirrors
-from effseg.inference.tracing import (
-    count_outputs,
-    pass_beside_others,
-    traced_pass_bytes,
-    weight_bytes_of,
-)
+from effseg.inference.tracing import weight_bytes_of
 from effseg.inference.under_way import Needed, Progress, SweepUnderWay
 from effseg.preprocess import Frame
 from effseg.resample import LabelSlab, Slabs, label_slabs
@@ -115,8 +111,7 @@ class Predictor:
         self.memory = budget_of(memory, device)
         self.scratch = Path(tempfile.gettempdir() if scratch is None else scratch)
         self.pace = Pace()
-        self._blend: Blend | None = None
-        self._n_classes: int | None = None
+        self._blending = Blending(self.networks, patch_size, self.device)
 
     def predict(
         self,
@@ -158,7 +153,7 @@ class Predictor:
             )
             return label_slabs(slabs, frame.grid, frame.native, start=start)
 
-        dtype = np.min_scalar_type(self.n_classes(source.n_channels) - 1)
+        dtype = np.min_scalar_type(self._blending.n_classes(source.n_channels) - 1)
         if out is None:
             return collect_labels(pieces, frame.native, dtype, axis=frame.axis)
         file = LabelFile(
@@ -174,26 +169,16 @@ class Predictor:
     def _way(self, given: ImageFiles | ImageArray, out: str | Path | None) -> Forecast:
         """How to label an image so that it fits the budget."""
         kind = device_kind(self.device.type)
-        blend = self._blended(given.n_channels)
         weight_bytes = weight_bytes_of(self.networks)
-
-        @cache
-        def pass_bytes(window_batch: int) -> int:
-            shape = (window_batch, given.n_channels, *self.patch_size)
-            passes = [
-                traced_pass_bytes(one, shape, autocast=AUTOCAST[self.precision], kind=kind)
-                for one in blend.networks
-            ]
-            return pass_beside_others(passes, weight_bytes)
-
-        label_bytes = np.min_scalar_type(self.n_classes(given.n_channels) - 1).itemsize
+        n_classes = self._blending.n_classes(given.n_channels)
+        label_bytes = np.min_scalar_type(n_classes - 1).itemsize
         demand = Demand(
             frame=lambda axis: Frame.as_it_lies(given.grid, axis=axis),
             is_file=isinstance(given, ImageFiles),
             lies_ready=isinstance(given, ImageArray) and ArraySource(given.array).whole is not None,
             voxel_bytes=given.voxel_bytes,
             n_channels=given.n_channels,
-            n_blended=self.n_blended(given.n_channels),
+            n_blended=self._blending.n_blended(given.n_channels),
             patch_size=self.patch_size,
             window_batch=most_windows(self.window_batch, kind, self.memory),
             mirrored=len(self.mirrors) > 1,
@@ -203,7 +188,12 @@ class Predictor:
             files_bytes=files_bytes(given, out, label_bytes),
             has_rule=False,
             kind=kind,
-            pass_bytes=pass_bytes,
+            pass_bytes=self._blending.pass_bytes(
+                given.n_channels,
+                autocast=AUTOCAST[self.precision],
+                kind=kind,
+                weight_bytes=weight_bytes,
+            ),
             weight_bytes=weight_bytes,
         )
         if self.memory is None:  # then nothing needs to be traced, which not every network can be
@@ -211,21 +201,6 @@ class Predictor:
             return next(forecasts(demand))
         free = torch.cuda.mem_get_info(self.device)[0] if kind == "cuda" else None
         return choose(forecasts(demand), budget_bytes=self.memory, free_bytes=free)
-
-    def n_blended(self, n_channels: int) -> int:
-        """How many channels are blended, features or logits, of an image with so many channels."""
-        head = self._blended(n_channels).head
-        return self.n_classes(n_channels) if head is None else head.weight.shape[1]
-
-    def n_classes(self, n_channels: int) -> int:
-        """How many logits a voxel has, of an image with so many channels."""
-        blend = self._blended(n_channels)
-        if blend.head is not None:
-            return blend.head.n_classes
-        if self._n_classes is None:
-            shape = (1, n_channels, *self.patch_size)
-            self._n_classes = count_outputs(blend.networks[0], shape, device=self.device)
-        return self._n_classes
 
     def logits(self, image: Array, *, progress: Progress | None = None) -> npt.NDArray[np.float32]:
         """Blend the network's logits over an image, all at once: classes x voxels.
@@ -277,7 +252,7 @@ class Predictor:
             DataError: from the slabs, if a value is not finite: no label can be trusted then.
         """
         source = image if isinstance(image, ImageSource) else ArraySource(image)
-        blend = self._blended(source.n_channels)
+        blend = self._blending.of(source.n_channels)
         sweep = Sweep.over(
             padded_shape(source.shape, self.patch_size),
             self.patch_size,
@@ -292,7 +267,7 @@ class Predictor:
             window_batch=window_batch
             or most_windows(self.window_batch, device_kind(self.device.type), None),
             pace=self.pace if self.window_batch is None else None,
-            n_blended=lambda: self.n_blended(source.n_channels),
+            n_blended=lambda: self._blending.n_blended(source.n_channels),
             start=start,
             needed=needed,
             progress=progress,
@@ -304,11 +279,6 @@ class Predictor:
             parts=ahead(parts) if self.device.type == "cuda" else parts,
             head=blend.head,
         )
-
-    def _blended(self, n_channels: int) -> Blend:
-        if self._blend is None:
-            self._blend = choose_blend(self.networks, (1, n_channels, *self.patch_size))
-        return self._blend
 
     def _fingerprint(self, source: ImageSource, axis: int) -> str:
         options = (self.patch_size, self.overlap, self.mirrors, self.precision)
