@@ -49,14 +49,16 @@ class Augmentation:
     still agree. Blur continues the edge in the same way, so no face darkens.
 
     Attributes:
-        config: chances and ranges.
+        config: chances and ranges, and how much of them counts at which time of a run.
         spacing: millimetres (z, y, x) of the patch's voxels.
-        fill_label: the ignore label, if the data set has one.
+        fill_label: the ignore label, where what comes from outside is to be ignored.
+        share: of the run that is over, 0 to 1; of the time, this alone is known.
     """
 
     config: AugmentConfig
     spacing: Spacing
     fill_label: int | None = None
+    share: float = 0.0
 
     def __call__(
         self, image: Tensor | Array, label: Tensor | Array, *, seed: int | Sequence[int]
@@ -127,7 +129,7 @@ class Augmentation:
         return image
 
     def _happens(self, chance: float, rng: np.random.Generator) -> bool:
-        return bool(rng.random() < chance * self.config.probability)
+        return bool(rng.random() < chance * self.config.probability_at(self.share))
 
 
 def build_augmentation(
@@ -138,7 +140,7 @@ def build_augmentation(
     Args:
         config: chances and ranges.
         spacing: what the network sees, `Plan.spacing`.
-        fill_label: for voxels that an affine brings in from outside, `Plan.ignore_label`.
+        fill_label: for voxels that an affine brings in from outside; None: the edge goes on.
     """
     return Augmentation(config=config, spacing=spacing, fill_label=fill_label)
 

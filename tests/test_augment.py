@@ -2,6 +2,7 @@
 
 import pickle
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,24 +10,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from monai.data import get_track_meta, set_track_meta
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from scipy.ndimage import gaussian_filter
 
 from effseg.augment import BLUR, BRIGHTNESS, NOISE, Augmentation, build_augmentation
 from effseg.errors import DataError, GeometryError
-from effseg.plans import AugmentConfig
+from effseg.plans import CHANGES, AugmentConfig
 
-CHANGES = (
-    "flip",
-    "rotate90",
-    "affine",
-    "gamma",
-    "brightness",
-    "contrast",
-    "noise",
-    "blur",
-    "low_resolution",
-)
 IGNORE = 255
 
 
@@ -120,6 +110,89 @@ def test_each_chance_is_scaled_by_the_overall_probability():
             not torch.equal(policy(image, label, seed=seed)[0], image) for seed in range(200)
         )
         assert 34 <= changed <= 86, change  # 60 +- 4 standard deviations of 6.5
+
+
+def test_the_probability_follows_the_run():
+    def at(*shares, **times):
+        config = AugmentConfig(**times)
+        return [config.probability_at(share) for share in shares]
+
+    assert at(0, 0.5, 1) == [1, 1, 1]
+    assert at(0, 0.5, 1, probability=0.5) == [0.5, 0.5, 0.5]
+    assert at(0, 0.25, 1, probability=0.2, final_probability=1.0) == pytest.approx([0.2, 0.4, 1])
+    assert at(0, 0.79, 0.8, 1, off_for_last=0.2) == [1, 1, 0, 0]
+    assert at(0, 0.25, 0.5, final_probability=0.0, off_for_last=0.5) == [1, 0.5, 0]
+    assert at(0, 1, off_for_last=1) == [0, 0]
+    assert AugmentConfig(probability=0, final_probability=0.3).highest_probability == 0.3
+    assert AugmentConfig(off_for_last=1).highest_probability == 0
+    image, label = _patch()
+    late = replace(_all(off_for_last=0.1), share=0.9)
+    assert _same(late(image, label, seed=1), (image, label))
+    # the same chance, the same patch: times alone change nothing
+    assert _same(
+        replace(_all(probability=0.5), share=0.7)(image, label, seed=3),
+        _all(probability=0.5)(image, label, seed=3),
+    )
+
+
+@pytest.mark.parametrize("name", ["light", "default", "strong"])
+def test_each_policy_changes_more_than_the_one_before(name):
+    """How often a patch stays as it is, by the chances."""
+
+    def untouched(policy):
+        config = AugmentConfig(policy=policy)
+        return np.prod([1 - getattr(config, change) for change in CHANGES])
+
+    weaker = {"light": "off", "default": "light", "strong": "default"}[name]
+    assert untouched(name) < untouched(weaker)
+
+
+def test_off_leaves_patches_as_they_are():
+    image, label = _patch()
+    config = AugmentConfig(policy="off")
+    for seed in range(5):
+        result = build_augmentation(config, spacing=(1.0, 1.0, 1.0))(image, label, seed=seed)
+        assert _same(result, (image, label))
+
+
+def test_a_policy_is_a_name_and_what_is_changed_of_it():
+    class Holder(BaseModel):
+        augment: AugmentConfig = AugmentConfig()
+
+    strong = AugmentConfig(policy="strong")
+    assert Holder.model_validate({"augment": "strong"}).augment == strong
+    assert Holder.model_validate({"augment": {"policy": "strong"}}).augment == strong
+    mine = Holder.model_validate({"augment": {"policy": "strong", "gamma": 0.05}}).augment
+    assert (mine.gamma, mine.blur) == (0.05, strong.blur)
+    assert mine.model_dump() == {"policy": "strong", "flip_axes": ("x",), "gamma": 0.05}
+    assert AugmentConfig.model_validate(mine.model_dump()) == mine
+    with pytest.raises(ValidationError, match="policy"):
+        Holder.model_validate({"augment": "wild"})
+    with pytest.raises(ValidationError, match="gama"):
+        Holder.model_validate({"augment": {"policy": "light", "gama": 0.1}})
+
+
+def test_plans_from_before_policies_mean_what_they_meant():
+    """As a plan.json of version 0.1 has it."""
+    old = {
+        "probability": 1.0,
+        "flip_axes": ["z", "y", "x"],
+        "flip": 0.5,
+        "rotate90": 0.0,
+        "affine": 0.2,
+        "rotate_degrees": 15.0,
+        "scale": [0.85, 1.18],
+        "gamma": 0.15,
+        "brightness": 0.15,
+        "contrast": 0.15,
+        "noise": 0.1,
+        "blur": 0.1,
+        "low_resolution": 0.1,
+    }
+    config = AugmentConfig.model_validate(old)
+    assert config == AugmentConfig(flip_axes=("z", "y", "x"))
+    assert config.policy == "default"
+    assert AugmentConfig.model_validate(old | {"gamma": 0.9}).gamma == 0.9
 
 
 def test_flips_reverse_the_named_axes():

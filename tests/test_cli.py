@@ -158,7 +158,7 @@ def test_what_else_was_weighed_is_printed(
     assert "weighed" not in capsys.readouterr().out
 
 
-def test_size_and_learning_rate_are_passed_on(
+def test_size_learning_rate_and_policy_are_passed_on(
     tiny_dataset: Path, tiny_plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[dict[str, object]] = []
@@ -168,20 +168,20 @@ def test_size_and_learning_rate_are_passed_on(
         return tiny_plan
 
     def training(plan: Plan, dataset: Dataset, **choices: object) -> None:
-        asked.append({"find_lr": choices.get("find_lr")})
+        asked.append({name: choices.get(name) for name in ("find_lr", "augment")})
         raise PlanError("far enough")
 
     monkeypatch.setattr("effseg.planner.plan", planning)
     monkeypatch.setattr("effseg.training.train", training)
     arguments = ["train", str(tiny_dataset), "--out", str(tmp_path / "r"), "--memory", "auto"]
-    for more in ([], ["--size", "b3", "--find-lr"]):
+    for more in ([], ["--size", "b3", "--find-lr", "--augment", "strong"]):
         with pytest.raises(PlanError, match="far enough"):
             cli.app([*arguments, *more], standalone_mode=False)
     assert asked == [
-        {"memory": "auto", "device": None, "size": None},
-        {"find_lr": False},
-        {"memory": "auto", "device": None, "size": "b3"},
-        {"find_lr": True},
+        {"memory": "auto", "device": None, "size": None, "augment": "default"},
+        {"find_lr": False, "augment": None},
+        {"memory": "auto", "device": None, "size": "b3", "augment": "strong"},
+        {"find_lr": True, "augment": "strong"},
     ]
 
 

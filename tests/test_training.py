@@ -3,7 +3,9 @@
 import csv
 import json
 import signal
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,11 +16,14 @@ from effseg.dataset import read_dataset
 from effseg.errors import CheckpointError, DataError, PlanError
 from effseg.evaluation import Scores
 from effseg.planner import plan as make_plan
-from effseg.plans import Plan, TrainingConfig
+from effseg.plans import AugmentConfig, Plan, TrainingConfig
 from effseg.record import RECORD, RunRecord
 from effseg.training import TrainingState, choose_fold, train
 from effseg.training.cache import cache_case
 from effseg.training.clock import Clock, learning_rate_factor
+from effseg.training.data import PatchData
+from effseg.training.fit import with_choices
+from effseg.training.module import SegmentationModule
 from effseg.training.patches import ValidationPatches, draw_start, read_patch
 from effseg.validation import validate
 
@@ -70,6 +75,78 @@ def test_workers_change_nothing(tiny_plan: Plan, tiny_dataset: Path, tmp_path: P
     ]
     none, two = (load_file(run / "model.safetensors") for run in runs)
     assert all(torch.equal(none[name], two[name]) for name in none)
+
+
+def test_a_policy_named_in_a_call_takes_the_place_of_the_plans(tiny_plan: Plan) -> None:
+    mine = AugmentConfig(flip_axes=("z",), gamma=0.7, final_probability=0.2, ignore_outside=True)
+    plan = with_training(tiny_plan, augment=mine)
+    length = {"minutes": None, "epochs": 3, "device": None, "seed": None}
+    assert with_choices(plan, **length).training.augment == mine
+    strong = with_choices(plan, **length, augment="strong").training.augment
+    assert strong == AugmentConfig(
+        policy="strong", flip_axes=("z",), final_probability=0.2, ignore_outside=True
+    )
+
+
+def test_augmentation_goes_by_the_share_of_the_run_that_is_over(
+    tiny_plan: Plan, tiny_dataset: Path, tmp_path: Path
+) -> None:
+    """Four epochs from all to nothing, the last one off; workers change no patch."""
+    augment = AugmentConfig(policy="off", flip=1.0, final_probability=0.0, off_for_last=0.25)
+    flipped = {}
+    for workers in (0, 2):
+        plan = with_training(
+            tiny_plan, augment=augment, epochs=4, steps_per_epoch=8, workers=workers
+        )
+        case = read_dataset(tiny_dataset).cases[:1]
+        data = PatchData(plan, case, case, tmp_path / str(workers))
+        plain = replace(data.augmentation, config=AugmentConfig(policy="off"))
+        clock, changed = Clock(plan.training), []
+        for epoch in range(4):
+            data.trainer = SimpleNamespace(
+                world_size=1,
+                current_epoch=epoch,
+                global_step=8 * epoch,
+                lightning_module=SimpleNamespace(clock=clock),
+            )
+            loader = data.train_dataloader()
+            batches = [image for image, _ in loader]
+            loader.dataset.augmentation = plain
+            changed.append(
+                [
+                    not torch.equal(image, loader.dataset[i][0])
+                    for i, image in enumerate(torch.cat(batches))
+                ]
+            )
+        flipped[workers] = changed
+    assert flipped[0] == flipped[2]
+    shares = [sum(epoch) / 16 for epoch in flipped[0]]
+    assert shares[0] == 1
+    assert 0 < shares[2] < 1  # chances 2/3 and 1/3 between
+    assert shares[3] == 0
+
+
+def test_voxels_from_outside_are_ignored_where_the_plan_says_so(
+    tiny_plan: Plan, tiny_dataset: Path, tmp_path: Path
+) -> None:
+    shrink = {"affine": 1.0, "rotate_degrees": 0.0, "scale": (0.5, 0.5)}
+    case = read_dataset(tiny_dataset).cases[:1]
+    found = {}
+    for ignored in (False, True):
+        augment = AugmentConfig(policy="off", ignore_outside=ignored, **shrink)
+        plan = with_training(tiny_plan, augment=augment)
+        data = PatchData(plan, case, case, tmp_path / str(ignored))
+        image, label = next(iter(data.train_dataloader()))
+        module = SegmentationModule(plan)
+        with torch.no_grad():
+            loss = module.loss(module.network(image), label)
+        assert loss.isfinite()
+        found[ignored] = (label == len(plan.labels), float(loss))
+    assert not found[False][0].any()
+    assert found[True][0].float().mean() == 1 - 0.5**3
+    assert found[True][1] != found[False][1]
+    still = AugmentConfig(policy="off", ignore_outside=True)
+    assert not with_training(tiny_plan, augment=still).ignores_voxels
 
 
 def test_two_processes_train_one_network(
@@ -185,6 +262,7 @@ def test_lengths_that_make_no_sense_are_refused(
         ({"seed": -1}, "training.seed: .* greater than or equal to 0, got -1"),
         ({"epochs": 1.5}, "training.epochs: .* integer.*, got 1.5"),
         ({"device": "tpu", "seed": -1}, "device: .*; training.seed: "),
+        ({"augment": "wild"}, "training.augment.policy: .*'strong'.*, got 'wild'"),
     ],
 )
 def test_choices_that_cannot_work_are_named_in_one_line(

@@ -37,6 +37,19 @@ class Size(StrEnum):
     b7 = "b7"
 
 
+class AugmentPolicy(StrEnum):
+    """How much training patches are changed; the names are those of `AugmentConfig.policy`."""
+
+    off = "off"
+    light = "light"
+    default = "default"
+    strong = "strong"
+
+
+Augment = Annotated[
+    AugmentPolicy | None,
+    typer.Option("--augment", help="how much training patches are changed"),
+]
 NetworkSize = Annotated[
     Size | None,
     typer.Option("--size", help="of the network; else: what fits the budget", metavar="b0..b7"),

@@ -22,7 +22,8 @@ def print_plan(made: "Plan") -> None:
         "patch_size": format_shape(made.patch_size),
         "batch_size": str(made.batch_size),
         "recompute": made.network.memory,
-        "augment": "flip " + (" ".join(made.training.augment.flip_axes) or "none"),
+        "augment": f"{made.training.augment.policy}, flip "
+        + (" ".join(made.training.augment.flip_axes) or "none"),
     }
     for choice, why in made.reasons.items():
         table.add_row(choice, values.get(choice, ""), plain(why))

@@ -9,7 +9,7 @@ import typer
 from effseg.cli.budgets import Compared, print_budgets
 from effseg.cli.console import console
 from effseg.cli.failures import NO_RESOURCES
-from effseg.cli.options import DatasetPath, Device, NetworkSize, Size
+from effseg.cli.options import Augment, AugmentPolicy, DatasetPath, Device, NetworkSize, Size
 from effseg.cli.plan_tables import print_plan
 from effseg.cli.progress import bar
 from effseg.errors import MemoryBudgetError
@@ -37,6 +37,7 @@ def plan(
     ] = None,
     device: Device = None,
     size: NetworkSize = None,
+    augment: Augment = None,
 ) -> None:
     """Look at every case once and plan a training that fits the budget."""
     budgets = memory.split(",")
@@ -46,16 +47,21 @@ def plan(
                 f"--out {out} beside {len(budgets)} budgets, which are compared and not written; "
                 "give one --memory to write a plan"
             )
-        compare(dataset, budgets, device=device, size=size)
+        compare(dataset, budgets, device=device, size=size, augment=augment)
         return
-    made = planned(dataset, memory, device=device, size=size)
+    made = planned(dataset, memory, device=device, size=size, augment=augment)
     path = made.save(out or PLAN)
     print_plan(made)
     console.print(f"[green]plan[/] {path}", soft_wrap=True)
 
 
 def compare(
-    dataset: Path, budgets: Sequence[str], *, device: str | None, size: Size | None
+    dataset: Path,
+    budgets: Sequence[str],
+    *,
+    device: str | None,
+    size: Size | None,
+    augment: AugmentPolicy | None,
 ) -> None:
     """Plan for each budget from one look at the data, and print the plans side by side.
 
@@ -78,7 +84,9 @@ def compare(
         for number, budget in enumerate(budgets):
             advance(number, budget)
             try:
-                made: Plan | MemoryBudgetError = _plan(facts, budget, device=device, size=size)
+                made: Plan | MemoryBudgetError = _plan(
+                    facts, budget, device=device, size=size, augment=augment
+                )
             except MemoryBudgetError as error:
                 made = error
             compared.append(Compared(budget, made))
@@ -88,7 +96,12 @@ def compare(
 
 
 def planned(
-    dataset: "Path | Dataset", memory: str, *, device: str | None, size: Size | None
+    dataset: "Path | Dataset",
+    memory: str,
+    *,
+    device: str | None,
+    size: Size | None,
+    augment: AugmentPolicy | None,
 ) -> "Plan":
     """A plan, with a bar while the cases are read."""
     with bar("reading") as advance:
@@ -97,6 +110,7 @@ def planned(
             memory,
             device=device,
             size=size,
+            augment=augment,
             progress=lambda done, total, name: advance(done / total, name),
         )
 
@@ -107,12 +121,20 @@ def _plan(
     *,
     device: str | None,
     size: Size | None,
+    augment: AugmentPolicy | None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> "Plan":
     from effseg.planner import plan as make_plan
 
     chosen = None if size is None else size.value
-    return make_plan(dataset, memory=memory, device=device, size=chosen, progress=progress)
+    return make_plan(
+        dataset,
+        memory=memory,
+        device=device,
+        size=chosen,
+        augment="default" if augment is None else augment.value,
+        progress=progress,
+    )
 
 
 def _read(dataset: Path) -> "Dataset":

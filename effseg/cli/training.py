@@ -7,7 +7,7 @@ import typer
 
 from effseg.cli.console import console
 from effseg.cli.evaluation import print_scores
-from effseg.cli.options import DatasetPath, Device, Memory, NetworkSize
+from effseg.cli.options import Augment, DatasetPath, Device, Memory, NetworkSize
 from effseg.cli.plan_tables import print_plan
 from effseg.cli.planning import planned
 from effseg.cli.progress import bar, training_bars
@@ -29,6 +29,7 @@ def train(
     devices: Annotated[int, typer.Option("--devices", help="processes that share the work")] = 1,
     seed: Annotated[int | None, typer.Option("--seed", help="of weights and patches")] = None,
     size: NetworkSize = None,
+    augment: Augment = None,
     find_lr: Annotated[
         bool, typer.Option("--find-lr", help="try learning rates first and take the best")
     ] = False,
@@ -46,7 +47,7 @@ def train(
         made = _loaded(plan, device)
     else:
         assert memory is not None
-        made = planned(found, memory, device=device, size=size)
+        made = planned(found, memory, device=device, size=size, augment=augment)
     print_plan(made)
     with training_bars(len(found.cases)) as (preparing, progress):
         run = training.train(
@@ -59,6 +60,7 @@ def train(
             device=device,
             devices=devices,
             seed=seed,
+            augment=None if augment is None else augment.value,
             preparing=preparing,
             progress=progress,
             find_lr=find_lr,

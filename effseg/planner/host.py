@@ -122,7 +122,7 @@ def augmenting_bytes(n_channels: int, *, label_itemsize: int, augment: AugmentCo
     whole = FLOAT * n_channels + label_itemsize
 
     def may(*chances: float) -> int:
-        return sum(chance * augment.probability > 0 for chance in chances)
+        return sum(chance * augment.highest_probability > 0 for chance in chances)
 
     moves = may(augment.flip if augment.flip_axes else 0.0, augment.rotate90)
     held = whole * (1 + moves)

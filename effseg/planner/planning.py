@@ -33,6 +33,7 @@ from effseg.plans import (
     Memory,
     OptimizerConfig,
     Plan,
+    Policy,
     TrainingConfig,
     format_bytes,
     format_shape,
@@ -45,6 +46,7 @@ def plan(
     memory: str | int,
     size: str | None = None,
     device: str | None = None,
+    augment: Policy = "default",
     progress: Progress | None = None,
 ) -> Plan:
     """Plan a training that fits a memory budget; nothing is trained or allocated for it.
@@ -56,6 +58,7 @@ def plan(
         size: of the network, "b0" to "b7"; None: the largest that fits and is quick once a patch
             shows the median case, else b0.
         device: "cpu" or "cuda", which need not be here; None: CUDA where torch sees it.
+        augment: the policy, by name, that training patches are changed by.
         progress: called after each case that is read.
 
     Returns:
@@ -138,7 +141,7 @@ def plan(
         training=TrainingConfig(
             loss=loss,
             foreground=LESION_FOREGROUND if has_lesions(facts) else FOREGROUND,
-            augment=AugmentConfig(flip_axes=flips),
+            augment=AugmentConfig(policy=augment, flip_axes=flips),
             optimizer=OptimizerConfig(learning_rate=rate),
         ),
         inference=InferenceConfig(postprocess=rule),

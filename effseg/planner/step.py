@@ -187,7 +187,7 @@ def trace_plan(plan: Plan) -> MemoryReport:
     subject = Flagship(
         build_config=lambda *_: plan.network,
         loss=plan.training.loss,
-        ignored=plan.ignore_label is not None,
+        ignored=plan.ignores_voxels,
         precision=plan.precision,
         device=device_kind(plan.device),
     )

@@ -4,7 +4,7 @@ How a plan is made stands in `planner`. Plans are meant to be read and edited by
 keys, wrong types, numbers out of range and NaN are refused with the place where they stand.
 """
 
-from effseg.plans.augment import AugmentConfig
+from effseg.plans.augment import CHANGES, POLICIES, AugmentConfig, Policy
 from effseg.plans.config import Config, Heap
 from effseg.plans.fingerprint import ChannelFacts, Fingerprint, LabelFacts
 from effseg.plans.inference import InferenceConfig, PostprocessConfig
@@ -16,6 +16,8 @@ from effseg.plans.sizes import format_bytes, format_shape, parse_bytes, total_st
 from effseg.plans.training import TrainingConfig
 
 __all__ = [
+    "CHANGES",
+    "POLICIES",
     "Alternative",
     "AugmentConfig",
     "Channel",
@@ -32,6 +34,7 @@ __all__ = [
     "Normalisation",
     "OptimizerConfig",
     "Plan",
+    "Policy",
     "PostprocessConfig",
     "TrainingConfig",
     "format_bytes",

@@ -152,6 +152,12 @@ class Plan(Config):
             )
         return self
 
+    @property
+    def ignores_voxels(self) -> bool:
+        """Whether the loss meets voxels to leave out: the data set's, or those that came in."""
+        augment = self.training.augment
+        return self.ignore_label is not None or (augment.ignore_outside and augment.may_bring_in)
+
     def save(self, path: str | Path) -> Path:
         """Write the plan as JSON; the file appears whole or not at all.
 

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -59,7 +60,7 @@ class PatchData(pl.LightningDataModule):  # type: ignore[misc]  # Lightning ship
         self.augmentation = build_augmentation(
             plan.training.augment,
             spacing=plan.spacing,
-            fill_label=len(plan.labels) if plan.ignore_label is not None else None,
+            fill_label=len(plan.labels) if plan.ignores_voxels else None,
         )
 
     def _warn(self, case: Case) -> None:
@@ -112,7 +113,7 @@ class PatchData(pl.LightningDataModule):  # type: ignore[misc]  # Lightning ship
             n_patches=training.steps_per_epoch * self.plan.batch_size * world,
             config=training,
             epoch=trainer.current_epoch if trainer is not None else 0,
-            augmentation=self.augmentation,
+            augmentation=replace(self.augmentation, share=self._share()),
         )
         queue = self._queue()
         return DataLoader(
@@ -123,6 +124,18 @@ class PatchData(pl.LightningDataModule):  # type: ignore[misc]  # Lightning ship
             worker_init_fn=_GiveBack(),
             pin_memory=device_kind(self.plan.device) == "cuda",
         )
+
+    def _share(self) -> float:
+        """Of the run that is over as an epoch begins: what its augmentation goes by.
+
+        Counted in epochs it is the same from run to run; by the clock it is not, as the learning
+        rate.
+        """
+        trainer = self.trainer
+        clock = getattr(getattr(trainer, "lightning_module", None), "clock", None)
+        if clock is None or trainer.current_epoch == 0:
+            return 0.0
+        return float(clock.fraction(trainer.global_step))
 
     def val_dataloader(self) -> Batches:
         """The same patches after every epoch, one by one.

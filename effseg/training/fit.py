@@ -18,7 +18,7 @@ from effseg.errors import DataError, EffsegError, PlanError
 from effseg.files import name_places
 from effseg.memory import heap_of
 from effseg.planner import check_plan
-from effseg.plans import Plan
+from effseg.plans import Plan, Policy
 from effseg.record import CHECKPOINTS, METRICS, PLAN, RATES, RECORD, WEIGHTS
 from effseg.training.callbacks import (
     BestWeights,
@@ -50,6 +50,7 @@ def train(
     device: str | None = None,
     devices: int = 1,
     seed: int | None = None,
+    augment: Policy | None = None,
     find_lr: bool = False,
     notes: tuple[str, ...] = (),
     preparing: Callable[[int, int], None] | None = None,
@@ -71,6 +72,7 @@ def train(
         device: "cpu" or "cuda", in place of the plan's.
         devices: processes that share the work (DDP), each with its own batch.
         seed: in place of the plan's.
+        augment: the policy by name, in place of the plan's.
         find_lr: take the learning rate that `find_learning_rate` suggests, in place of the plan's;
             its steps are not counted in minutes or epochs.
         notes: sentences that the report repeats, such as where the data come from.
@@ -91,7 +93,9 @@ def train(
     """
     source = "plan" if isinstance(plan, Plan) else plan
     plan, dataset = _opened(plan, dataset)
-    plan = with_choices(plan, minutes=minutes, epochs=epochs, device=device, seed=seed)
+    plan = with_choices(
+        plan, minutes=minutes, epochs=epochs, device=device, seed=seed, augment=augment
+    )
     chosen = choose_fold(dataset, fold)
     present = present_device(plan.device)
     out = Path(out)
@@ -248,6 +252,7 @@ def with_choices(
     epochs: int | None,
     device: str | None,
     seed: int | None,
+    augment: Policy | None = None,
 ) -> Plan:
     """The plan with a call's own choices in place of its own.
 
@@ -259,6 +264,8 @@ def with_choices(
         content["training"] |= {"minutes": minutes, "epochs": epochs}
     if seed is not None:
         content["training"]["seed"] = seed
+    if augment is not None:
+        content["training"]["augment"] = plan.training.augment.as_content(augment)
     if device is not None:
         content["device"] = device
     try:

@@ -56,7 +56,7 @@ class SegmentationModule(pl.LightningModule):  # type: ignore[misc]  # Lightning
         super().__init__()
         self.plan = plan
         self.n_classes = len(plan.labels)
-        self.ignore_index = self.n_classes if plan.ignore_label is not None else None
+        self.ignore_index = self.n_classes if plan.ignores_voxels else None
         self.network = build_network(plan.network)
         average = ExponentialAverage(plan.training.optimizer.ema_decay)
         self.averaged = AveragedModel(self.network, multi_avg_fn=average)

@@ -119,7 +119,8 @@ class _RangeTest(SegmentationModule):
     def __init__(
         self, plan: Plan, *, n_steps: int, progress: Callable[[int, int], None] | None
     ) -> None:
-        once = plan.training.model_copy(update={"epochs": 1, "minutes": None})
+        # an epoch a step: what is done in the course of a run does not begin
+        once = plan.training.model_copy(update={"epochs": n_steps, "minutes": None})
         super().__init__(plan.model_copy(update={"training": once}))
         self.n_steps = n_steps
         self.progress = progress
