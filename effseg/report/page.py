@@ -18,6 +18,7 @@ from effseg.report import results
 from effseg.report.charts import FRAME, draw_curves, draw_rates
 from effseg.report.choices import list_choices, list_facts
 from effseg.report.planes import View, view_case
+from effseg.report.previews import preview_augmentation
 from effseg.report.run import Run, read_run
 from effseg.report.step import FRAME as STEP_FRAME
 from effseg.report.step import draw_plan
@@ -143,6 +144,7 @@ def _context(run: Run) -> dict[str, Any]:
         "step": step,
         "no_step": no_step,
         "step_frame": STEP_FRAME,
+        "previews": preview_augmentation(plan, record),
         "bars": _bars(plan, None if record is None else record.memory),
         "sections": [_section(name, scores, plan) for name, scores in run.scores.items()],
         "columns": results.COLUMNS,
