@@ -21,6 +21,7 @@ class Suite(StrEnum):
     head_loss = "head_loss"
     inference = "inference"
     tuning = "tuning"
+    augment = "augment"
 
 
 def benchmark(
