@@ -1,0 +1,166 @@
+"""Cubes of CT around nodules, with what the readers said of them: real ones, or rendered."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from scipy.ndimage import distance_transform_edt
+
+import effseg
+from lidc import list_patients, read_nodules
+from nnunet import MIN_READERS
+from nodule import RATINGS, Nodule
+from scene import Scanner, render_scene
+
+SIDE = 32
+"""Voxels of 1 mm along a cube's edge."""
+
+WINDOW_HU = (-1000.0, 300.0)
+"""What becomes -1 and 1."""
+
+LUNG_HU = -850.0
+"""Stands where neither the nodule nor its margin is."""
+
+ALIKE = 0.08
+"""Two masks are of one outline where log volume and log extents differ by less."""
+
+
+@dataclass(frozen=True, eq=False)
+class Cubes:
+    """Nodules, each in the middle of a cube.
+
+    Attributes:
+        names: of each.
+        voxels: (n, 1, SIDE, SIDE, SIDE) float32, -1 to 1 over `WINDOW_HU`.
+        ratings: (n,) by name, medians of the readers, nan where unknown; `diameter_mm` is of a ball
+            of the outline's volume.
+    """
+
+    names: tuple[str, ...]
+    voxels: np.ndarray
+    ratings: Mapping[str, np.ndarray]
+
+    @classmethod
+    def of(cls, found: Iterator[tuple[str, np.ndarray, np.ndarray, Nodule | None]]) -> "Cubes":
+        """From names, cubes in HU that show the nodule and its margin, masks and readings."""
+        names, voxels, rows = [], [], []
+        low, high = WINDOW_HU
+        for name, hu, mask, nodule in found:
+            names.append(name)
+            voxels.append(np.clip(2 * (hu - low) / (high - low) - 1, -1, 1))
+            said = [np.nan if nodule is None else nodule.rating(rating) for rating in RATINGS]
+            rows.append([np.cbrt(mask.sum() * 6 / np.pi), *said])
+        return cls(
+            names=tuple(names),
+            voxels=np.stack(voxels)[:, None].astype(np.float32),
+            ratings=dict(zip(("diameter_mm", *RATINGS), np.array(rows).T, strict=True)),
+        )
+
+
+def read_cubes(folder: Path, database: Path | None, *, margin_mm: float) -> Cubes:
+    """Real cubes of LIDC-IDRI, `images/INDEX_nodK_ann0.nii.gz` and `labels/` of equal names.
+
+    A cube is of patient INDEX + 1; which of the patient's nodules it is, and so what the readers
+    said, is found by the outline: volume and extents along its own axes, which no turn changes. A
+    cube whose outline no reader of that patient drew stays without ratings.
+
+    Args:
+        folder: with the two folders; voxels of 1 mm.
+        database: from `lidc.find_database`; None: no ratings.
+        margin_mm: shown around the outline.
+
+    Raises:
+        DataError: if there is no cube, or one cannot be read.
+    """
+    dataset = effseg.read_dataset(folder)
+    patients = {
+        case.name: f"LIDC-IDRI-{int(case.name.split('_')[0]) + 1:04d}" for case in dataset.cases
+    }
+    nodules = [] if database is None else read_nodules(database, patients.values())
+
+    def cubes() -> Iterator[tuple[str, np.ndarray, np.ndarray, Nodule | None]]:
+        for case in dataset.cases:
+            image, label = (
+                volume.reordered(volume.grid.canonical_axes()).array
+                for volume in (effseg.read_volume(case.images[0]), effseg.read_volume(case.label))
+            )
+            own = [nodule for nodule in nodules if nodule.patient == patients[case.name]]
+            middle = np.argwhere(label > 0).mean(axis=0)
+            mask = cut(label > 0, middle, fill=False)
+            hu = hidden(cut(image, middle, fill=LUNG_HU), mask, margin_mm=margin_mm)
+            yield case.name, hu, mask, find_nodule(label > 0, own)
+
+    return Cubes.of(cubes())
+
+
+def render_cubes(database: Path, *, n: int, seed: int, margin_mm: float) -> Cubes:
+    """The same from rendered CT, whose density and edge follow the readers' ratings.
+
+    Args:
+        database: from `lidc.find_database`.
+        n: nodules of 6 to 25 mm that three readers or four outlined.
+        seed: of everything random.
+        margin_mm: shown around the outline.
+    """
+    scanner = Scanner(size_mm=(60.0, 80.0, 80.0), pixel_mm=(1.0, 1.0), slices_mm=(1.0,))
+    rng = np.random.default_rng(seed)
+
+    def cubes() -> Iterator[tuple[str, np.ndarray, np.ndarray, Nodule]]:
+        left = n
+        for patient in rng.permutation(list_patients(database)).tolist():
+            for nodule in read_nodules(database, [patient]):
+                if left == 0:
+                    return
+                if nodule.n_readers < MIN_READERS or not 6 <= nodule.diameter_mm <= 25:
+                    continue
+                scene = render_scene([nodule], rng, scanner=scanner)
+                if not scene.nodules:
+                    continue  # it found no place
+                middle = np.argwhere(scene.label.array > 0).mean(axis=0)
+                mask = cut(scene.label.array > 0, middle, fill=False)
+                hu = cut(scene.image.array, middle, fill=LUNG_HU)
+                left -= 1
+                yield f"{patient}_{left}", hidden(hu, mask, margin_mm=margin_mm), mask, nodule
+
+    return Cubes.of(cubes())
+
+
+def cut(array: np.ndarray, middle: np.ndarray, *, fill: float) -> np.ndarray:
+    """The cube about a place; `fill` beyond the array."""
+    start = np.rint(middle).astype(int) - SIDE // 2
+    cube = np.full((SIDE,) * 3, fill, array.dtype)
+    low, high = np.maximum(start, 0), np.minimum(start + SIDE, array.shape)
+    there = tuple(slice(a, b) for a, b in zip(low - start, high - start, strict=True))
+    cube[there] = array[tuple(slice(a, b) for a, b in zip(low, high, strict=True))]
+    return cube
+
+
+def hidden(hu: np.ndarray, mask: np.ndarray, *, margin_mm: float) -> np.ndarray:
+    """A cube of 1 mm voxels with lung in place of what lies further from the nodule."""
+    far = distance_transform_edt(~mask) > margin_mm
+    return np.where(far, np.float32(LUNG_HU), hu)
+
+
+def find_nodule(mask: np.ndarray, nodules: Sequence[Nodule]) -> Nodule | None:
+    """Whose outline a mask of 1 mm voxels is; None where nobody's, or where two are alike."""
+    wanted = shape_of(mask, (1.0, 1.0, 1.0))
+    alike = [
+        nodule
+        for nodule in nodules
+        if any(
+            np.abs(shape_of(drawn, nodule.spacing) - wanted).max() < ALIKE
+            for drawn in nodule.masks
+            if drawn.any()
+        )
+    ]
+    return alike[0] if len(alike) == 1 else None
+
+
+def shape_of(mask: np.ndarray, spacing: tuple[float, float, float]) -> np.ndarray:
+    """Log volume and log extents along the principal axes of a mask, which turns do not change."""
+    places = np.argwhere(mask) * spacing
+    # a voxel is a box, not a point
+    spread = np.cov(places.T, bias=True) + np.diag(np.square(spacing)) / 12
+    extents = np.sqrt(np.linalg.eigvalsh(spread))
+    return np.log([mask.sum() * np.prod(spacing), *extents])
