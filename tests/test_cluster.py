@@ -66,7 +66,7 @@ def test_what_lies_beyond_the_margin_is_hidden() -> None:
 
 
 def test_a_mask_is_known_by_its_shape_however_it_is_turned() -> None:
-    long, flat = box_nodule(8, 24, 6), box_nodule(20, 20, 2)
+    long, flat = box_nodule(8, 24, 6), box_nodule(40, 40, 3)
     mask = np.pad(np.ones((12, 4, 12), bool), 3)  # the long one in voxels of 1 mm
     assert find_nodule(mask, [flat, long]) is long
     assert find_nodule(mask.transpose(1, 2, 0)[::-1], [flat, long]) is long

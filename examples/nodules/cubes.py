@@ -22,8 +22,13 @@ WINDOW_HU = (-1000.0, 300.0)
 LUNG_HU = -850.0
 """Stands where neither the nodule nor its margin is."""
 
-ALIKE = 0.08
-"""Two masks are of one outline where log volume and log extents differ by less."""
+ALIKE, CLEARLY = 0.5, 0.2
+"""A mask is of an outline where log volume and log extents differ by less than the first, and of
+every other nodule by so much more. The cubes' masks hold the drawn line itself, readings do not:
+a nodule of 8 mm differs by 0.4."""
+
+N_NUMBERED = 80
+"""Cubes with a lower index are of patient index + 1; outlines of the others fit no such rule."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,9 +66,9 @@ class Cubes:
 def read_cubes(folder: Path, database: Path | None, *, margin_mm: float) -> Cubes:
     """Real cubes of LIDC-IDRI, `images/INDEX_nodK_ann0.nii.gz` and `labels/` of equal names.
 
-    A cube is of patient INDEX + 1; which of the patient's nodules it is, and so what the readers
-    said, is found by the outline: volume and extents along its own axes, which no turn changes. A
-    cube whose outline no reader of that patient drew stays without ratings.
+    Up to `N_NUMBERED` a cube is of patient INDEX + 1; which of the patient's nodules it is, and so
+    what the readers said, is found by the outline: volume and extents along its own axes, which no
+    turn changes. A cube that could be of two nodules, or of none, stays without ratings.
 
     Args:
         folder: with the two folders; voxels of 1 mm.
@@ -74,8 +79,9 @@ def read_cubes(folder: Path, database: Path | None, *, margin_mm: float) -> Cube
         DataError: if there is no cube, or one cannot be read.
     """
     dataset = effseg.read_dataset(folder)
+    indices = {case.name: int(case.name.split("_")[0]) for case in dataset.cases}
     patients = {
-        case.name: f"LIDC-IDRI-{int(case.name.split('_')[0]) + 1:04d}" for case in dataset.cases
+        name: f"LIDC-IDRI-{index + 1:04d}" for name, index in indices.items() if index < N_NUMBERED
     }
     nodules = [] if database is None else read_nodules(database, patients.values())
 
@@ -85,7 +91,7 @@ def read_cubes(folder: Path, database: Path | None, *, margin_mm: float) -> Cube
                 volume.reordered(volume.grid.canonical_axes()).array
                 for volume in (effseg.read_volume(case.images[0]), effseg.read_volume(case.label))
             )
-            own = [nodule for nodule in nodules if nodule.patient == patients[case.name]]
+            own = [nodule for nodule in nodules if nodule.patient == patients.get(case.name)]
             middle = np.argwhere(label > 0).mean(axis=0)
             mask = cut(label > 0, middle, fill=False)
             hu = hidden(cut(image, middle, fill=LUNG_HU), mask, margin_mm=margin_mm)
@@ -143,18 +149,16 @@ def hidden(hu: np.ndarray, mask: np.ndarray, *, margin_mm: float) -> np.ndarray:
 
 
 def find_nodule(mask: np.ndarray, nodules: Sequence[Nodule]) -> Nodule | None:
-    """Whose outline a mask of 1 mm voxels is; None where nobody's, or where two are alike."""
+    """The nodule whose outline a mask of 1 mm voxels is; None where that is not clear."""
     wanted = shape_of(mask, (1.0, 1.0, 1.0))
-    alike = [
-        nodule
-        for nodule in nodules
-        if any(
-            np.abs(shape_of(drawn, nodule.spacing) - wanted).max() < ALIKE
-            for drawn in nodule.masks
-            if drawn.any()
-        )
-    ]
-    return alike[0] if len(alike) == 1 else None
+    gaps = []
+    for nodule in nodules:
+        drawn = [shape_of(mask, nodule.spacing) for mask in nodule.masks if mask.any()]
+        gaps.append(min((np.abs(shape - wanted).max() for shape in drawn), default=np.inf))
+    best, *others = np.argsort(gaps).tolist() or [None]
+    if best is None or gaps[best] > ALIKE:
+        return None
+    return nodules[best] if all(gaps[i] > gaps[best] + CLEARLY for i in others) else None
 
 
 def shape_of(mask: np.ndarray, spacing: tuple[float, float, float]) -> np.ndarray:
