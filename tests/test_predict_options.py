@@ -225,8 +225,9 @@ def test_maps_are_the_softmax_in_whatever_order_logits_come(n_classes, scale, he
     slabs = Slabs(
         axis=0, shape=grid.shape, parts=iter([(0, features)]), head=layer if head else None
     )
-    wanted = Maps(classes=tuple(range(n_classes))[::-1], entropy=True)
+    wanted = Maps(classes=tuple(range(n_classes))[::-1], entropy=True, confidence=True)
     (_, labels, made), *_ = label_slabs(slabs, grid, grid, maps=wanted)
+    made, confidence = made[:-1], made[-1]
     logits = features.astype(np.float64)
     if head:
         logits = np.tensordot(layer.weight, logits, 1) + layer.bias[:, None, None, None]
@@ -238,6 +239,7 @@ def test_maps_are_the_softmax_in_whatever_order_logits_come(n_classes, scale, he
     # the label is a class of the largest probability
     chosen = np.take_along_axis(made[:-1][::-1], labels[None].astype(int), axis=0)[0]
     np.testing.assert_allclose(chosen, made[:-1].max(axis=0), atol=1e-5)
+    np.testing.assert_allclose(confidence, chosen, atol=1e-5)
 
 
 def test_maps_that_cannot_be_had_are_refused(tiny_plan: Plan, tmp_path: Path) -> None:

@@ -40,6 +40,7 @@ def predict(
     margin_mm: float = MARGIN_MM,
     probabilities: Sequence[int] = (),
     entropy: bool = False,
+    confidence: bool = False,
     progress: Progress | None = None,
 ) -> Volume:
     """Label an image with a trained run, or with several whose logits are averaged.
@@ -75,6 +76,7 @@ def predict(
         probabilities: labels whose probabilities are written too, beside `out`, as
             `probability_VALUE/NAME`; float32.
         entropy: write the entropy of all labels' probabilities too, in nats, as `entropy/NAME`.
+        confidence: write the probability of the most probable label too, as `confidence/NAME`.
         progress: called with (windows done, windows in all).
 
     Returns:
@@ -92,7 +94,7 @@ def predict(
     runs = load_runs(run)
     plan = runs[0].plan
     values = [label.value for label in plan.labels]
-    maps = _maps(values, probabilities, entropy=entropy, out=out)
+    maps = _maps(values, probabilities, entropy=entropy, confidence=confidence, out=out)
     rule = postprocess or plan.inference.postprocess
     given, dtype = _given(image), np.min_scalar_type(max(values))
     task = Task(
@@ -119,6 +121,7 @@ def predict(
         return collect_labels(pieces, grid, dtype, axis=axis, rule=rule)
     out = Path(out)
     names = [f"probability_{value}" for value in probabilities] + ["entropy"] * entropy
+    names += ["confidence"] * confidence
     facts = (plan.patch_size, plan.inference.overlap, plan.precision, tta, rule, sweep.frame)
     return LabelFile(
         path=out,
@@ -143,14 +146,23 @@ def predict(
 
 
 def _maps(
-    values: Sequence[int], probabilities: Sequence[int], *, entropy: bool, out: str | Path | None
+    values: Sequence[int],
+    probabilities: Sequence[int],
+    *,
+    entropy: bool,
+    confidence: bool,
+    out: str | Path | None,
 ) -> Maps:
     for value in probabilities:
         if value not in values:
             raise PlanError(f"no label {value} to give probabilities of; expected some of {values}")
-    if (probabilities or entropy) and out is None:
+    if (probabilities or entropy or confidence) and out is None:
         raise PlanError("probabilities and entropy are written beside `out`; name it")
-    return Maps(classes=tuple(values.index(value) for value in probabilities), entropy=entropy)
+    return Maps(
+        classes=tuple(values.index(value) for value in probabilities),
+        entropy=entropy,
+        confidence=confidence,
+    )
 
 
 def forecast(

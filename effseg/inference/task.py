@@ -61,6 +61,8 @@ class RunSweep:
                 for index, one in zip(self.maps.classes, made, strict=False):
                     if index == 0:
                         one[outside] = 1
+                if self.maps.confidence:
+                    made[-1][outside] = 1
             yield box, labels, made
 
 

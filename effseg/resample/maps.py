@@ -13,16 +13,18 @@ class Maps:
 
     Attributes:
         classes: whose probabilities, by index; the softmax of the interpolated logits.
-        entropy: whether, last, the entropy of all classes' probabilities, in nats.
+        entropy: whether, behind these, the entropy of all classes' probabilities, in nats.
+        confidence: whether, last, the probability of the most probable class.
     """
 
     classes: tuple[int, ...] = ()
     entropy: bool = False
+    confidence: bool = False
 
     @property
     def n(self) -> int:
         """How many there are."""
-        return len(self.classes) + self.entropy
+        return len(self.classes) + self.entropy + self.confidence
 
     def of(self, logits: Float32Array) -> Float32Array:
         """The maps (maps, voxels) of logits (voxels, classes)."""
@@ -34,8 +36,11 @@ class Maps:
             np.divide(shares[:, index], total, out=row)
         if self.entropy:
             shifted *= shares
-            np.subtract(np.log(total), shifted.sum(axis=1) / total, out=result[-1])
-            np.maximum(result[-1], 0, out=result[-1])
+            row = result[len(self.classes)]
+            np.subtract(np.log(total), shifted.sum(axis=1) / total, out=row)
+            np.maximum(row, 0, out=row)
+        if self.confidence:  # shares are relative to that of the most probable class
+            np.reciprocal(total, out=result[-1])
         return result
 
 
@@ -76,5 +81,7 @@ class RunningSoftmax:
             np.divide(np.exp(self._kept[index] - self._largest), self._total, out=row)
         if self._wanted.entropy:
             entropy = np.log(self._total) - self._weighted / self._total
-            np.maximum(entropy, 0, out=result[-1])
+            np.maximum(entropy, 0, out=result[len(self._wanted.classes)])
+        if self._wanted.confidence:
+            np.reciprocal(self._total, out=result[-1])
         return result
