@@ -8,6 +8,7 @@ from effseg.errors import CheckpointError
 from effseg.evaluation import CONVENTIONS, CaseScore, Scores, evaluate_case
 from effseg.inference import load_run, predict
 from effseg.io import read_volume, write_volume
+from effseg.ledger import note_run
 from effseg.plans import Plan
 from effseg.postprocess import remove_components
 from effseg.record import PLAN, RECORD, SCORES, VALIDATION, RunRecord
@@ -32,7 +33,8 @@ def validate(run: str | Path, *, progress: Callable[[float, str], None] | None =
         progress: called with (share done, the case's name).
 
     Returns:
-        The scores, which also lie in RUN/validation/metrics.json beside the predictions.
+        The scores, which also lie in RUN/validation/metrics.json beside the predictions;
+        the run's line in `runs.csv` has their mean.
 
     Raises:
         CheckpointError: if the folder is no run, or its record cannot be read.
@@ -60,6 +62,7 @@ def validate(run: str | Path, *, progress: Callable[[float, str], None] | None =
         cases=tuple(found),
     )
     scores.save(folder / SCORES)
+    note_run(loaded.folder)
     return scores
 
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from effseg.cli.console import console
+from effseg.cli.console import console, plain
 from effseg.cli.evaluation import print_scores
 from effseg.cli.options import Augment, DatasetPath, Device, Memory, NetworkSize
 from effseg.cli.plan_tables import print_plan
@@ -33,6 +33,14 @@ def train(
     find_lr: Annotated[
         bool, typer.Option("--find-lr", help="try learning rates first and take the best")
     ] = False,
+    parent: Annotated[
+        Path | None,
+        typer.Option(
+            "--parent",
+            help="the run this one is a change of, for runs.csv; else: the newest earlier one",
+            metavar="RUN",
+        ),
+    ] = None,
 ) -> None:
     """Train as planned, validate the held-out fifth, write the report."""
     from effseg import training
@@ -64,7 +72,9 @@ def train(
             preparing=preparing,
             progress=progress,
             find_lr=find_lr,
+            parent=parent,
         )
+    from effseg.ledger import RUNS, read_line
     from effseg.report import write_report
     from effseg.validation import validate
 
@@ -72,6 +82,11 @@ def train(
         scores = validate(run, progress=advance)
     print_scores(scores)
     console.print(f"[green]run[/] {run}", soft_wrap=True)
+    line = read_line(run)
+    if line is not None:
+        against = f"against {line['parent']}: " if line["parent"] else ""
+        said = plain(f"{against}{line['changes']}")
+        console.print(f"[green]line[/] {run.parent / RUNS}: {said}", soft_wrap=True)
     console.print(f"[green]report[/] {write_report(run).resolve()}", soft_wrap=True)
 
 

@@ -1,15 +1,11 @@
 """The page: what the template is given, and how the file gets there whole."""
 
-import importlib.resources
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Literal
 
-from effseg import __version__
-from effseg.errors import EffsegError
 from effseg.evaluation import CaseScore, Scores
 from effseg.files import write_text_whole
 from effseg.plans import Plan, format_bytes
@@ -19,10 +15,11 @@ from effseg.report.charts import FRAME, draw_curves, draw_rates
 from effseg.report.choices import list_choices, list_facts
 from effseg.report.planes import View, view_case
 from effseg.report.previews import preview_augmentation
+from effseg.report.rendering import check_jinja2, render
 from effseg.report.run import Run, read_run
 from effseg.report.step import FRAME as STEP_FRAME
 from effseg.report.step import draw_plan
-from effseg.report.wording import write_number, write_score, write_share
+from effseg.report.wording import write_score, write_share
 
 
 @dataclass(frozen=True)
@@ -91,38 +88,10 @@ def write_report(run: str | Path, *, out: str | Path | None = None) -> Path:
         DataError: if its scores cannot be read, or the page cannot be written.
         EffsegError: if jinja2 is not installed.
     """
-    jinja2 = _import_jinja2()
+    check_jinja2()
     found = read_run(run)
     path = found.folder / REPORT if out is None else Path(out)
-    environment = jinja2.Environment(
-        loader=jinja2.FunctionLoader(_read_template),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "bytes": format_bytes,
-        "number": write_number,
-        "share": write_share,
-    }
-    page = environment.get_template("page.html").render(_context(found))
-    return write_text_whole(path, page)
-
-
-def _import_jinja2() -> ModuleType:
-    try:
-        import jinja2
-    except ImportError as error:
-        raise EffsegError(
-            'a report needs jinja2, which is not installed; pip install "effseg[report]"'
-        ) from error
-    return jinja2
-
-
-def _read_template(name: str) -> str:
-    folder = importlib.resources.files("effseg.report")
-    return folder.joinpath(name).read_text(encoding="utf-8")
+    return write_text_whole(path, render("page.html", _context(found)))
 
 
 def _context(run: Run) -> dict[str, Any]:
@@ -150,7 +119,6 @@ def _context(run: Run) -> dict[str, Any]:
         "columns": results.COLUMNS,
         "commands": list(_commands(run)),
         "plan_json": _plan_without_lists(plan),
-        "version": __version__,
     }
 
 

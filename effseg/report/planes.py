@@ -4,24 +4,18 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from scipy import ndimage
 
 from effseg.errors import EffsegError, GeometryError
 from effseg.io import read_volume
 from effseg.plans import Plan
 from effseg.report.charts import step_of
 from effseg.report.outlines import outline, png_uri, shrink
+from effseg.report.places import Point, find_place, nearest_voxel, shown_box
 from effseg.types import Array, Shape3, Slices3, Spacing
 from effseg.volume import Volume
 
 ROW_PX, HEIGHT_PX = 1064, 400
 """The page's width and the tallest that a plane may get in it."""
-
-CONTEXT, LEAST_CONTEXT_MM = 0.3, 12.0
-"""Shown around what is labelled: this share of its extent on each side, and never less."""
-
-DENSE_MM = 5.0
-"""Errors are dense where many lie in a cube of this edge."""
 
 _PLANES = (
     # name, the axis that is cut, the letters at left, right, top and bottom (world is LPS)
@@ -42,6 +36,7 @@ class Plane:
         picture: data URI of the image and its (height, width) in mm; None without an image.
         reference: SVG path of each label's outline, all in one.
         prediction: the same.
+        other: the same of a second prediction.
         ignored: outline of what was left out of the score.
         letters: what lies at the left, right, top and bottom.
     """
@@ -52,6 +47,7 @@ class Plane:
     picture: tuple[str, tuple[float, float]] | None
     reference: str
     prediction: str
+    other: str
     ignored: str
     letters: tuple[str, str, str, str]
 
@@ -82,9 +78,10 @@ def view_case(
     reference: str,
     *,
     image: str | None,
-    plan: Plan,
+    plan: Plan | None,
     ignore_label: int | None,
-    through: Literal["error", "centre"],
+    through: Literal["error", "centre"] | Point,
+    other: str | None = None,
 ) -> View:
     """Cut one case in three planes.
 
@@ -92,32 +89,42 @@ def view_case(
         prediction: file of the predicted label map.
         reference: file of the reference label map.
         image: file of the image, of which the first channel is shown; None: outlines alone.
-        plan: gives the intensity window of a CT.
+        plan: gives the intensity window of a CT; None: the image itself does.
         ignore_label: reference voxels of this value count neither as right nor as wrong.
-        through: the place where errors are densest, or the reference's centre.
+        through: the place where errors are densest (with `other`: where the two predictions
+            differ), the reference's centre, or a point of the world, (z, y, x) in mm.
+        other: file of a second predicted label map.
 
     Returns:
         The view. A file that is missing or does not fit makes no exception but a sentence.
     """
     try:
-        volumes = _read_pair(prediction, reference)
+        expected, *predicted = _read_maps(reference, prediction, *([other] if other else []))
     except (EffsegError, OSError) as error:
         return View(planes=(), problem=str(error))
-    predicted, expected = volumes
     picture, problem = None, ""
     if image is not None:
         try:
             picture = _read_image(image, expected)
         except (EffsegError, OSError) as error:
             problem = f"Outlines without the image: {error}"
-    truth, guess = expected.array, predicted.array
+    maps = [volume.array for volume in (expected, *predicted)]
     ignored = np.zeros(expected.grid.shape, bool)
     if ignore_label is not None:
         # As in the scores: unknown counts in neither map, and predicting it is background.
-        ignored = truth == ignore_label
-        truth, guess = (np.where(ignored | (m == ignore_label), 0, m) for m in (truth, guess))
-    place, where = _place(truth, guess, expected.grid.spacing, through=through)
-    box = _box((truth > 0) | (guess > 0), expected.grid.spacing)
+        ignored = maps[0] == ignore_label
+        maps = [np.where(ignored | (m == ignore_label), 0, m) for m in maps]
+    if isinstance(through, tuple):
+        place, where = nearest_voxel(expected.grid, through), ""
+    else:
+        most = "errors are densest" if other is None else "the predictions differ most"
+        wrong, spacing = maps[-2] != maps[-1], expected.grid.spacing
+        place, where = find_place(maps[0], wrong, spacing, through=through, most=most)
+    shown = maps[0] > 0
+    for array in maps[1:]:
+        shown |= array > 0
+    shown[place] = True
+    box = shown_box(shown, expected.grid.spacing)
     window = (0.0, 1.0)
     if picture is not None:
         window = _window(picture[box], plan)
@@ -130,7 +137,8 @@ def view_case(
             box=box,
             spacing=expected.grid.spacing,
             picture=picture,
-            maps=(truth, guess, ignored),
+            maps=(maps[0], maps[1], ignored),
+            other=maps[2] if other else None,
             window=window,
         )
         for name, axis, letters in _PLANES
@@ -138,15 +146,16 @@ def view_case(
     return _laid_out(planes, where=where, problem=problem)
 
 
-def _read_pair(prediction: str, reference: str) -> tuple[Volume, Volume]:
-    predicted, expected = (
+def _read_maps(reference: str, *predictions: str) -> list[Volume]:
+    volumes = [
         volume.reordered(volume.grid.canonical_axes())
-        for volume in (read_volume(prediction), read_volume(reference))
-    )
-    difference = expected.grid.difference(predicted.grid)
-    if difference is not None:
-        raise GeometryError(f"{prediction} and {reference} differ in {difference}")
-    return predicted, expected
+        for volume in (read_volume(path) for path in (reference, *predictions))
+    ]
+    for path, volume in zip(predictions, volumes[1:], strict=True):
+        difference = volumes[0].grid.difference(volume.grid)
+        if difference is not None:
+            raise GeometryError(f"{path} and {reference} differ in {difference}")
+    return volumes
 
 
 def _read_image(path: str, like: Volume) -> Array:
@@ -159,58 +168,9 @@ def _read_image(path: str, like: Volume) -> Array:
     return image.array if image.array.ndim == 3 else image.array[0]
 
 
-def _place(
-    truth: Array, guess: Array, spacing: Spacing, *, through: Literal["error", "centre"]
-) -> tuple[Shape3, str]:
-    """The voxel through which to cut, and words for it."""
-    wrong = truth != guess
-    if wrong.any() and (through == "error" or not truth.any()):
-        size = [max(1, 2 * round(DENSE_MM / s / 2) + 1) for s in spacing]
-        near = _around(wrong)
-        density = ndimage.uniform_filter(wrong[near].astype(np.float32), size=size, mode="constant")
-        found = np.unravel_index(np.argmax(density * wrong[near]), density.shape)
-        z, y, x = (int(i) + part.start for i, part in zip(found, near, strict=True))
-        return (z, y, x), "planes where errors are densest"
-    if truth.any():
-        return _centre(truth > 0), "planes through the centre of the reference"
-    z, y, x = (n // 2 for n in truth.shape)
-    return (z, y, x), "planes through the middle: nothing is labelled"
-
-
-def _centre(mask: Array) -> Shape3:
-    """A set voxel next to the centre, which of a curved shape may lie outside it."""
-    sums = (mask.sum(axis=(1, 2)), mask.sum(axis=(0, 2)), mask.sum(axis=(0, 1)))
-    middle = [float(n @ np.arange(n.size)) / float(n.sum()) for n in sums]
-    (filled,) = np.nonzero(sums[0])
-    z = int(filled[np.abs(filled - middle[0]).argmin()])
-    plane = np.argwhere(mask[z])
-    y, x = plane[((plane - middle[1:]) ** 2).sum(axis=1).argmin()].tolist()
-    return z, y, x
-
-
-def _around(mask: Array) -> Slices3:
-    """The bounding box of what is set; the whole array where nothing is."""
-    found = []
-    for axis in range(3):
-        others = tuple(other for other in range(3) if other != axis)
-        (at,) = np.nonzero(mask.any(axis=others))
-        found.append(slice(int(at[0]), int(at[-1]) + 1) if at.size else slice(0, mask.shape[axis]))
-    return (found[0], found[1], found[2])
-
-
-def _box(mask: Array, spacing: Spacing) -> Slices3:
-    """What is shown: the bounding box and context around it, inside the volume."""
-    parts = []
-    for part, n, step in zip(_around(mask), mask.shape, spacing, strict=True):
-        extent_mm = (part.stop - part.start) * step
-        margin = round(max(CONTEXT * extent_mm, LEAST_CONTEXT_MM) / step)
-        parts.append(slice(max(0, part.start - margin), min(n, part.stop + margin)))
-    return (parts[0], parts[1], parts[2])
-
-
-def _window(array: Array, plan: Plan) -> tuple[float, float]:
-    normalisation = plan.channels[0].normalisation
-    if normalisation.low is not None and normalisation.high is not None:
+def _window(array: Array, plan: Plan | None) -> tuple[float, float]:
+    normalisation = None if plan is None else plan.channels[0].normalisation
+    if normalisation and normalisation.low is not None and normalisation.high is not None:
         return normalisation.low, normalisation.high
     values = array[np.isfinite(array)]
     if values.size == 0:
@@ -229,10 +189,12 @@ def _cut(
     spacing: Spacing,
     picture: Array | None,
     maps: tuple[Array, Array, Array],
+    other: Array | None,
     window: tuple[float, float],
 ) -> Plane:
     truth, guess, ignored = (_slice(volume, axis, place=place, box=box) for volume in maps)
-    rows_mm, columns_mm = (spacing[other] for other in range(3) if other != axis)
+    second = None if other is None else _slice(other, axis, place=place, box=box)
+    rows_mm, columns_mm = (spacing[i] for i in range(3) if i != axis)
     shown = None
     if picture is not None:
         small, factor = shrink(_slice(picture, axis, place=place, box=box))
@@ -246,6 +208,7 @@ def _cut(
         picture=shown,
         reference=_outlines(truth, steps),
         prediction=_outlines(guess, steps),
+        other="" if second is None else _outlines(second, steps),
         ignored=outline(ignored, spacing=steps),
         letters=letters,
     )

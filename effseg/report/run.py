@@ -8,6 +8,7 @@ from pathlib import Path
 
 from effseg.errors import CheckpointError
 from effseg.evaluation import Scores
+from effseg.ledger import read_line
 from effseg.plans import Plan
 from effseg.record import METRICS, PLAN, RATES, RECORD, SCORES, VALIDATION, RunRecord
 
@@ -25,6 +26,7 @@ class Run:
         columns: `metrics.csv` by column, None for an empty cell; empty without the file.
         rates: `learning_rates.csv` likewise.
         scores: each `NAME/metrics.json` by NAME, `test` and `validation` first.
+        line: its line in `runs.csv` by column; None where there is none.
     """
 
     folder: Path
@@ -33,6 +35,7 @@ class Run:
     columns: Columns
     rates: Columns
     scores: Mapping[str, Scores]
+    line: Mapping[str, str] | None
 
 
 def read_run(folder: str | Path) -> Run:
@@ -62,6 +65,7 @@ def read_run(folder: str | Path) -> Run:
             path.parent.name: Scores.load(path)
             for path in sorted(folder.glob(f"*/{SCORES}"), key=_rank)
         },
+        line=read_line(folder),
     )
 
 

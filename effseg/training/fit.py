@@ -16,6 +16,7 @@ from effseg.dataset import Dataset, Fold, folds, read_dataset
 from effseg.devices import present_device
 from effseg.errors import DataError, EffsegError, PlanError
 from effseg.files import name_places
+from effseg.ledger import check_parent, note_run
 from effseg.memory import heap_of
 from effseg.planner import check_plan
 from effseg.plans import Plan, Policy
@@ -53,6 +54,7 @@ def train(
     augment: Policy | None = None,
     find_lr: bool = False,
     notes: tuple[str, ...] = (),
+    parent: str | Path | None = None,
     preparing: Callable[[int, int], None] | None = None,
     progress: Callable[[TrainingState], None] | None = None,
 ) -> Path:
@@ -76,17 +78,21 @@ def train(
         find_lr: take the learning rate that `find_learning_rate` suggests, in place of the plan's;
             its steps are not counted in minutes or epochs.
         notes: sentences that the report repeats, such as where the data come from.
+        parent: the run whose differences from this one stand in `runs.csv` beside `out`; None: the
+            newest earlier one there on the same data set.
         preparing: called with (cases prepared, cases in all).
         progress: called after each step.
 
     Returns:
         The run's folder: plan.json, run.json, metrics.csv, model.safetensors (the averaged weights
-        of the best validation Dice) and checkpoints/; learning_rates.csv with `find_lr`.
+        of the best validation Dice) and checkpoints/; learning_rates.csv with `find_lr`. A line in
+        `runs.csv` beside it.
 
     Raises:
         KeyboardInterrupt: as it was sent; what was learnt until then is kept.
         PlanError: if plan and data set do not fit, minutes and epochs are both or neither set, or
             the device is not here.
+        CheckpointError: if `parent` is no run.
         DataError: if `out` is taken, a case cannot be used, or the loss falls at no learning rate.
         MemoryBudgetError: if a step takes more than the plan's budget, or runs out of memory,
             whatever is recomputed and split.
@@ -101,6 +107,8 @@ def train(
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DataError(f"{out}: not empty; name a new folder, so that two runs cannot mix")
+    if parent is not None:
+        check_parent(parent)
     plan = check_plan(plan, source=source)
     cache = out / "cache"
     import_late_parts()
@@ -159,6 +167,8 @@ def train(
     finally:
         heap.close()
         shutil.rmtree(cache, ignore_errors=True)
+        if (out / WEIGHTS).exists():
+            note_run(out, parent=parent)
     if not (out / WEIGHTS).exists():
         raise EffsegError(f"{out}: training ended before its first validation; give it longer")
     return out
