@@ -10,6 +10,7 @@ from rich.logging import RichHandler
 from effseg import __version__
 from effseg.cli.benchmarking import benchmark
 from effseg.cli.checking import check
+from effseg.cli.comparing import compare
 from effseg.cli.console import console, errors, plain
 from effseg.cli.evaluation import evaluate
 from effseg.cli.failures import INTERNAL, STOPPED, USAGE, explained
@@ -49,7 +50,8 @@ def settings(
         console.print(context.get_help())
 
 
-for verb in (check, plan, train, predict, evaluate, report, benchmark):  # as --help lists them
+# as --help lists them
+for verb in (check, plan, train, predict, evaluate, report, compare, benchmark):
     app.command()(verb)
 
 

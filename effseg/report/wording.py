@@ -28,6 +28,13 @@ def write_score(value: float | None, kind: str) -> str:
     return DASH if value is None else f"{value:{_FORMATS[kind]}}".replace("-", MINUS)
 
 
+def write_p(value: float | None) -> str:
+    """A p value; a dash where the test is undefined."""
+    if value is None:
+        return DASH
+    return "< 0.0001" if value < 1e-4 else f"{value:.2g}" if value < 0.1 else f"{value:.2f}"
+
+
 def write_share(value: float | None) -> str:
     """A score between 0 and 1."""
     return write_score(value, "share")
