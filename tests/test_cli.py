@@ -43,7 +43,17 @@ def effseg(*arguments: object, expect: int = 0) -> str:
 
 def test_help_lists_the_verbs() -> None:
     said = effseg("--help")
-    for verb in ("check", "plan", "train", "predict", "evaluate", "report", "benchmark"):
+    for verb in (
+        "check",
+        "plan",
+        "train",
+        "predict",
+        "evaluate",
+        "report",
+        "compare",
+        "suspects",
+        "benchmark",
+    ):
         assert verb in said
 
 

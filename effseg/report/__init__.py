@@ -7,5 +7,6 @@ written and not before.
 
 from effseg.report.comparison import write_comparison
 from effseg.report.page import write_report
+from effseg.report.suspects import write_suspects
 
-__all__ = ["write_comparison", "write_report"]
+__all__ = ["write_comparison", "write_report", "write_suspects"]
