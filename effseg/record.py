@@ -15,6 +15,8 @@ METRICS = "metrics.csv"
 RATES = "learning_rates.csv"
 """Of the learning-rate range test, where there was one."""
 WEIGHTS = "model.safetensors"
+STOP = "stop"
+"""A file that a person makes: the run ends after the step in hand."""
 CHECKPOINTS = "checkpoints"
 REPORT = "report.html"
 VALIDATION = "validation"
@@ -48,6 +50,15 @@ class RunEvent(Facts):
     changed: str = Field(description="from that step on, in words")
 
 
+class RunChange(Facts):
+    """What a run did otherwise from some step on, as planned or because of how it went."""
+
+    epoch: int = Field(ge=0, description="from 0")
+    step: int = Field(ge=0, description="from 0")
+    when: datetime
+    what: str = Field(description="in words")
+
+
 class RunRecord(Facts):
     """`run.json`: who trained what, when, for how long, and how it ended."""
 
@@ -75,6 +86,7 @@ class RunRecord(Facts):
     seed: int | None = None
     memory: RunMemory | None = None
     events: tuple[RunEvent, ...] = ()
+    changes: tuple[RunChange, ...] = ()
     notes: tuple[str, ...] = ()
 
     def save(self, path: str | Path) -> Path:

@@ -20,7 +20,7 @@ from effseg.plans import AugmentConfig, Plan, TrainingConfig
 from effseg.record import RECORD, RunRecord
 from effseg.training import TrainingState, choose_fold, train
 from effseg.training.cache import cache_case
-from effseg.training.clock import Clock, learning_rate_factor
+from effseg.training.clock import Clock
 from effseg.training.data import PatchData
 from effseg.training.fit import with_choices
 from effseg.training.module import SegmentationModule
@@ -168,15 +168,6 @@ def test_minutes_end_a_run(tiny_plan: Plan, tiny_dataset: Path, tmp_path: Path) 
     assert 0.03 <= record["minutes"] < 0.5
 
 
-def test_patience_ends_a_run(tiny_plan: Plan, tiny_dataset: Path, tmp_path: Path) -> None:
-    frozen = tiny_plan.training.optimizer.model_copy(update={"learning_rate": 1e-12})
-    plan = with_training(tiny_plan, patience=1, optimizer=frozen, epochs=50)
-    run = train(plan, tiny_dataset, out=tmp_path / "run")
-    record = json.loads((run / "run.json").read_text())
-    assert record["stopped_by"] == "patience"
-    assert record["epochs"] < 50
-
-
 def test_progress_is_told(tiny_plan: Plan, tiny_dataset: Path, tmp_path: Path) -> None:
     states, prepared = [], []
     train(
@@ -304,11 +295,6 @@ def test_a_run_whose_data_moved_is_refused_by_name(tiny_run: Path, tmp_path: Pat
     (run / "run.json").write_text(json.dumps(record))
     with pytest.raises(CheckpointError, match="case gone is no longer in"):
         validate(run)
-
-
-def test_the_rate_warms_up_and_comes_down() -> None:
-    rates = [learning_rate_factor(f, warmup=0.1) for f in (0, 0.05, 0.1, 0.55, 1.0)]
-    assert rates == pytest.approx([1e-3, 0.5, 1.0, 0.5, 0.0], abs=1e-9)
 
 
 def test_clocks_count_steps_or_seconds() -> None:

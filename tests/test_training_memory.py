@@ -18,7 +18,7 @@ from effseg.memory import stage_policies
 from effseg.plans import Plan
 from effseg.record import RECORD, RunRecord
 from effseg.training import train
-from effseg.training.callbacks import MemoryWatch
+from effseg.training.memory_watch import MemoryWatch
 from effseg.training.module import SegmentationModule
 from effseg.training.step import SampleBySample, Step, WholeBatch
 

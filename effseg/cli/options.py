@@ -6,14 +6,13 @@ from typing import Annotated
 
 import typer
 
-DatasetPath = Annotated[
-    Path,
-    typer.Argument(
-        help="nnU-Net raw or MSD folder, a folder with images/ and labels/, or a CSV of "
-        "image,label[,patient]",
-        metavar="DATASET",
-    ),
-]
+_DATASET = typer.Argument(
+    help="nnU-Net raw or MSD folder, a folder with images/ and labels/, or a CSV of "
+    "image,label[,patient]",
+    metavar="DATASET",
+)
+DatasetPath = Annotated[Path, _DATASET]
+OptionalDataset = Annotated[Path | None, _DATASET]
 RunPath = Annotated[Path, typer.Argument(help="a run's folder", metavar="RUN")]
 Memory = Annotated[
     str | None,

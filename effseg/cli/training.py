@@ -7,7 +7,7 @@ import typer
 
 from effseg.cli.console import console, plain
 from effseg.cli.evaluation import print_scores
-from effseg.cli.options import Augment, DatasetPath, Device, Memory, NetworkSize
+from effseg.cli.options import Augment, Device, Memory, NetworkSize, OptionalDataset
 from effseg.cli.plan_tables import print_plan
 from effseg.cli.planning import planned
 from effseg.cli.progress import bar, training_bars
@@ -18,8 +18,11 @@ if TYPE_CHECKING:
 
 
 def train(
-    dataset: DatasetPath,
-    out: Annotated[Path, typer.Option("--out", help="the run's folder, new", metavar="RUN")],
+    context: typer.Context,
+    dataset: OptionalDataset = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="the run's folder, new", metavar="RUN")
+    ] = None,
     plan: Annotated[Path | None, typer.Option("--plan", help="a plan.json")] = None,
     memory: Memory = None,
     minutes: Annotated[float | None, typer.Option("--minutes", help="of training")] = None,
@@ -30,6 +33,10 @@ def train(
     seed: Annotated[int | None, typer.Option("--seed", help="of weights and patches")] = None,
     size: NetworkSize = None,
     augment: Augment = None,
+    init_from: Annotated[
+        Path | None,
+        typer.Option("--init-from", help="start from a run's weights, or a file of them"),
+    ] = None,
     find_lr: Annotated[
         bool, typer.Option("--find-lr", help="try learning rates first and take the best")
     ] = False,
@@ -41,11 +48,23 @@ def train(
             metavar="RUN",
         ),
     ] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option("--resume", help="go on with a run that was cut off", metavar="RUN"),
+    ] = None,
 ) -> None:
-    """Train as planned, validate the held-out fifth, write the report."""
+    """Train as planned, validate the held-out fifth, write the report.
+
+    `touch RUN/stop` ends a training after the step in hand, with all it learnt; so does Ctrl-C.
+    """
     from effseg import training
     from effseg.dataset import read_dataset
 
+    if resume is not None:
+        _finish(_resumed(context, resume))
+        return
+    if dataset is None or out is None:
+        raise typer.BadParameter("give DATASET and --out RUN, or --resume RUN")
     if (plan is None) == (memory is None):
         raise typer.BadParameter("give --plan PLAN or --memory SIZE, one of the two")
     if plan is not None and size is not None:
@@ -72,9 +91,50 @@ def train(
             preparing=preparing,
             progress=progress,
             find_lr=find_lr,
+            init_from=init_from,
             parent=parent,
         )
+    _finish(run)
+
+
+def _resumed(context: typer.Context, run: Path) -> Path:
+    """A run that was cut off, trained to its end."""
+    from effseg import training
+    from effseg.dataset import read_dataset
+    from effseg.record import PLAN, RECORD, RunRecord
+
+    given = [name for name in context.params if _is_given(context, name) and name != "resume"]
+    if given:
+        raise typer.BadParameter(
+            f"--resume goes on as the run was begun; leave {', '.join(given)} out"
+        )
+    record = RunRecord.load(run / RECORD)
+    found = read_dataset(record.dataset)
+    with training_bars(len(found.cases)) as (preparing, progress):
+        return training.train(
+            run / PLAN,
+            found,
+            out=run,
+            fold=record.fold or 0,
+            devices=record.n_devices or 1,
+            resume=True,
+            preparing=preparing,
+            progress=progress,
+        )
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def _finish(run: Path) -> None:
+    """What changed on the way, the scores of the held-out cases, and the report."""
     from effseg.ledger import RUNS, read_line
+    from effseg.record import RECORD, RunRecord
+
+    for change in RunRecord.load(run / RECORD).changes:
+        console.print(f"epoch {change.epoch}: {plain(change.what)}", soft_wrap=True)
     from effseg.report import write_report
     from effseg.validation import validate
 

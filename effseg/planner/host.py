@@ -15,6 +15,7 @@ import torch
 from effseg.devices import AUTOCAST, device_kind
 from effseg.memory import MemoryReport, trace_forward
 from effseg.networks import build_network
+from effseg.optimizers import numbers_kept
 from effseg.planner.step import TRAINER_BYTES, beside_training, predicted_peak
 from effseg.plans import AugmentConfig, Plan
 from effseg.postprocess import COMPONENT_BYTES
@@ -160,14 +161,37 @@ def training_peak(plan: Plan, report: MemoryReport) -> int:
     step = predicted_peak(
         report, device=kind, heap=plan.memory.heap, beside_bytes=beside_training(report, kind)
     )
+    step += accumulating_bytes(plan, report)
     scoring = validation_bytes(plan)
     if kind == "cuda":
         return max(step, scoring)
     loader = plan.memory.loader_bytes
     if plan.training.workers > 0:
         return max(step, scoring) + loader
-    between = 4 * report.parameter_bytes + TRAINER_BYTES + loader
+    # at rest: the weights, the averaged ones, and what the optimizer keeps
+    resting = 2 + numbers_kept(plan.training.optimizer)
+    between = resting * report.parameter_bytes + TRAINER_BYTES + loader
     return max(step, scoring, between)
+
+
+def accumulating_bytes(plan: Plan, report: MemoryReport) -> int:
+    """What a step of several batches takes beyond one of a single batch, at most.
+
+    Their images and labels lie ready together, and the gradients of the batches before are there
+    from the start; in a step of one batch they come to be one by one.
+
+    Args:
+        plan: the training's.
+        report: of a step of one batch, traced.
+    """
+    more = plan.training.optimizer.accumulate - 1
+    waiting = batch_bytes(
+        plan.patch_size,
+        len(plan.channels),
+        plan.batch_size,
+        label_itemsize=_label_itemsize(plan),
+    )
+    return more * waiting + (report.parameter_bytes if more else 0)
 
 
 def planned_loader_bytes(plan: Plan) -> int:
@@ -175,12 +199,16 @@ def planned_loader_bytes(plan: Plan) -> int:
     return loader_bytes(
         plan.patch_size,
         len(plan.channels),
-        plan.batch_size,
+        plan.samples_per_step,
         workers=plan.training.workers,
         queue_bytes=plan.training.queue_bytes,
-        label_itemsize=1 if len(plan.labels) < 256 else 2,
+        label_itemsize=_label_itemsize(plan),
         augment=plan.training.augment,
     )
+
+
+def _label_itemsize(plan: Plan) -> int:
+    return 1 if len(plan.labels) < 256 else 2
 
 
 def validation_bytes(plan: Plan) -> int:
@@ -203,8 +231,9 @@ def validation_bytes(plan: Plan) -> int:
     )
     beside = report.device_bytes - report.peak_bytes
     weights = report.parameter_bytes
-    # those under way are the averaged ones; beside them the network's own and two of AdamW
-    return 3 * weights + max(report.device_bytes, beside + weights + scoring)
+    # those under way are the averaged ones; beside them the network's own, and the optimizer's
+    resting = 1 + numbers_kept(plan.training.optimizer)
+    return resting * weights + max(report.device_bytes, beside + weights + scoring)
 
 
 def case_bytes(

@@ -7,13 +7,14 @@ from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
-from torch.optim import AdamW
 
 from effseg.devices import AUTOCAST, DeviceKind, Precision, device_kind
 from effseg.losses import DeepSupervisionLoss, build_loss
 from effseg.memory import MemoryReport, Policy, apply_policy, recompute, trace_peak
 from effseg.networks import DenseUNet, MemoryMode, build_network
-from effseg.plans import Heap, LossConfig, NetworkConfig, Plan
+from effseg.networks.freezing import freeze_for_start, set_frozen
+from effseg.optimizers import build_optimizer
+from effseg.plans import Heap, LossConfig, NetworkConfig, OptimizerConfig, Plan
 from effseg.types import Shape3
 
 HOST_SLACK = 1.1
@@ -90,6 +91,7 @@ class Flagship:
         ignored: whether voxels may be ignored.
         precision: of the step.
         device: whose rules to follow.
+        optimizer: its configuration.
     """
 
     build_config: Callable[[Shape3, MemoryMode], NetworkConfig]
@@ -97,6 +99,7 @@ class Flagship:
     ignored: bool
     precision: Precision
     device: DeviceKind
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     modes: tuple[MemoryMode, ...] = field(default=("plain", "shared"))
     can_split: bool = True
 
@@ -123,7 +126,7 @@ class Flagship:
             loss=type(runner).loss,
             label_shape=(batch, *patch),
             label_dtype=torch.uint8,
-            optimizer=partial(AdamW, lr=1e-3),
+            optimizer=partial(build_optimizer, config=self.optimizer),
             autocast=AUTOCAST[self.precision],
             device=self.device,
         )
@@ -181,8 +184,10 @@ class _SampleBySample(_WholeBatch):
 def trace_plan(plan: Plan) -> MemoryReport:
     """The memory of a training step as a plan has it, module by module.
 
+    Of a plan that lets frozen parts thaw, the step once all of them have: it takes most.
+
     Raises:
-        PlanError: if a policy names no stage of the network.
+        PlanError: if a policy names no stage of the network, or nothing in it may learn.
     """
     subject = Flagship(
         build_config=lambda *_: plan.network,
@@ -190,8 +195,13 @@ def trace_plan(plan: Plan) -> MemoryReport:
         ignored=plan.ignores_voxels,
         precision=plan.precision,
         device=device_kind(plan.device),
+        optimizer=plan.training.optimizer,
     )
     network = subject.network(plan.patch_size, plan.network.memory)
+    start = plan.training.start
+    freeze_for_start(network, start)
+    for stage in start.thaw:
+        set_frozen(network, stage.parts, frozen=False)
     apply_policy(network, plan.policies)
     return subject.trace(network, plan.patch_size, plan.batch_size, split=plan.sample_by_sample)
 

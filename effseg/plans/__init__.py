@@ -10,9 +10,11 @@ from effseg.plans.fingerprint import ChannelFacts, Fingerprint, LabelFacts
 from effseg.plans.inference import InferenceConfig, PostprocessConfig
 from effseg.plans.loss import LossConfig
 from effseg.plans.network import NetworkConfig
-from effseg.plans.optimizer import OptimizerConfig
+from effseg.plans.optimizer import LookaheadConfig, OptimizerConfig, ScheduleConfig
 from effseg.plans.plan import Alternative, Channel, Label, Memory, Normalisation, Plan
 from effseg.plans.sizes import format_bytes, format_shape, parse_bytes, total_stride
+from effseg.plans.start import StartConfig, ThawConfig
+from effseg.plans.stopping import StoppingConfig
 from effseg.plans.training import TrainingConfig
 
 __all__ = [
@@ -28,6 +30,7 @@ __all__ = [
     "InferenceConfig",
     "Label",
     "LabelFacts",
+    "LookaheadConfig",
     "LossConfig",
     "Memory",
     "NetworkConfig",
@@ -36,6 +39,10 @@ __all__ = [
     "Plan",
     "Policy",
     "PostprocessConfig",
+    "ScheduleConfig",
+    "StartConfig",
+    "StoppingConfig",
+    "ThawConfig",
     "TrainingConfig",
     "format_bytes",
     "format_shape",

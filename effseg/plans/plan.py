@@ -158,6 +158,11 @@ class Plan(Config):
         augment = self.training.augment
         return self.ignore_label is not None or (augment.ignore_outside and augment.may_bring_in)
 
+    @property
+    def samples_per_step(self) -> int:
+        """Of each process: those of all batches whose gradients make one step."""
+        return self.batch_size * self.training.optimizer.accumulate
+
     def save(self, path: str | Path) -> Path:
         """Write the plan as JSON; the file appears whole or not at all.
 

@@ -1,6 +1,6 @@
 """How long is trained, on what, from which samples."""
 
-from typing import Self
+from typing import Any, Self
 
 from pydantic import Field, model_validator
 
@@ -8,6 +8,8 @@ from effseg.plans.augment import AugmentConfig
 from effseg.plans.config import Config, Share
 from effseg.plans.loss import LossConfig
 from effseg.plans.optimizer import OptimizerConfig
+from effseg.plans.start import StartConfig
+from effseg.plans.stopping import StoppingConfig
 
 
 class TrainingConfig(Config):
@@ -15,12 +17,11 @@ class TrainingConfig(Config):
 
     epochs: int | None = Field(None, ge=1, description="set this or minutes")
     minutes: float | None = Field(None, gt=0, description="wall clock of the training steps")
-    steps_per_epoch: int = Field(50, ge=1)
+    steps_per_epoch: int = Field(50, ge=1, description="of the optimizer")
     foreground: Share = Field(0.5, description="share of patches centred on a foreground voxel")
     small_components: Share = Field(
         0.5, description="share of those that draw a component first, so that small ones count"
     )
-    patience: int | None = Field(None, ge=1, description="epochs without a better score; None: off")
     validate_every: int = Field(1, ge=1, description="epochs between validations")
     validation_patches: int = Field(32, ge=1, description="fixed patches scored after each epoch")
     workers: int = Field(0, ge=0, description="processes that augment; 0: in the training process")
@@ -28,9 +29,23 @@ class TrainingConfig(Config):
         256 * 2**20, ge=0, description="most bytes of batches that wait for the next steps"
     )
     seed: int = Field(0, ge=0)
+    start: StartConfig = StartConfig()
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    stopping: StoppingConfig = StoppingConfig()
     augment: AugmentConfig = AugmentConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _patience_of_old_plans(cls, content: Any) -> Any:
+        """Plans written before there was `stopping` have `patience` in its place."""
+        if not isinstance(content, dict) or "patience" not in content or "stopping" in content:
+            return content
+        rest = {name: value for name, value in content.items() if name != "patience"}
+        if content["patience"] is None:
+            return rest
+        stopping = {"kind": "patience", "patience": content["patience"], "cool_down": 0.0}
+        return rest | {"stopping": stopping}
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:

@@ -1,15 +1,13 @@
 """What happens beside the steps: the log, the best weights, the record, the progress."""
 
 import csv
-import logging
 import platform
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -17,20 +15,12 @@ from safetensors.torch import save_file
 
 import effseg
 from effseg.files import written_whole
-from effseg.memory import (
-    PeakResident,
-    bytes_beyond_allocator,
-    give_back_memory,
-    heap_of,
-    resident_bytes,
-)
-from effseg.plans import Plan, format_bytes
+from effseg.networks.freezing import set_frozen
+from effseg.plans import Plan, StartConfig
 from effseg.record import RunMemory, RunRecord
+from effseg.training.memory_watch import MemoryWatch
 from effseg.training.module import SegmentationModule
-
-logger = logging.getLogger("effseg")
-
-StoppedBy = Literal["minutes", "epochs", "patience", "interrupt", "error", "running"]
+from effseg.training.stopping import ExponentialMean
 
 
 @dataclass(frozen=True)
@@ -69,7 +59,7 @@ class ProgressReport(pl.Callback):  # type: ignore[misc]  # Lightning ships no t
         batch_idx: int,
     ) -> None:
         """After each step, in the first process."""
-        del batch, batch_idx
+        del outputs, batch, batch_idx
         if not trainer.is_global_zero:
             return
         clock, step = pl_module.clock, trainer.global_step
@@ -80,67 +70,11 @@ class ProgressReport(pl.Callback):  # type: ignore[misc]  # Lightning ships no t
                 fraction=fraction,
                 epoch=trainer.current_epoch,
                 step=step,
-                loss=float(outputs["loss"]),
+                loss=float(pl_module.step_loss),
                 dice=None if dice is None else float(dice),
                 seconds_left=seconds * (1 / fraction - 1) if fraction > 0 else 0.0,
             )
         )
-
-
-class MemoryWatch(pl.Callback):  # type: ignore[misc]
-    """Knows the most memory that training took, counted as the plan's prediction counts it.
-
-    On a CPU: resident memory since the first step, above what it was at `start`. On CUDA: what the
-    allocator reserved and what the card holds beyond it, the context. Other processes on the card
-    would count as context, so the least that was seen counts.
-    """
-
-    def __init__(self) -> None:
-        self.baseline_bytes: int | None = None
-        self.resident: PeakResident | None = None
-        self.context_bytes: int | None = None
-        self.has_warned = False
-        self._heap = ExitStack()
-
-    def start(self) -> None:
-        """Take the baseline: before the network is built, in the process that trains."""
-        give_back_memory()  # what earlier work left on the heap is no part of it
-        self.baseline_bytes = resident_bytes()
-
-    def setup(self, trainer: pl.Trainer, pl_module: SegmentationModule, stage: str) -> None:
-        """Forget peaks of what came before the steps."""
-        del stage
-        if self.baseline_bytes is None:
-            # one of several processes, just begun: what `train` does for its own is done here
-            self._heap.enter_context(heap_of(pl_module.plan.memory.heap))
-            self.start()
-        self.resident = PeakResident().start()
-        device = trainer.strategy.root_device
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: SegmentationModule) -> None:
-        """Say so, once, when training takes more than it was given."""
-        del trainer
-        measured, memory = self.peak_bytes(pl_module.device), pl_module.plan.memory
-        if measured > memory.budget_bytes and not self.has_warned:
-            self.has_warned = True
-            logger.warning(
-                "training took %s of a budget of %s; %s were predicted",
-                *map(format_bytes, (measured, memory.budget_bytes, memory.peak_bytes)),
-            )
-
-    def peak_bytes(self, device: torch.device) -> int:
-        """The peak until now."""
-        if device.type == "cuda":
-            assert device.index is not None
-            beyond = bytes_beyond_allocator(device.index)
-            self.context_bytes = min(beyond, self.context_bytes or beyond)
-            return torch.cuda.max_memory_reserved(device) + self.context_bytes
-        if self.resident is None or self.baseline_bytes is None:
-            return 0
-        peak = self.resident.baseline_bytes + self.resident.peak_bytes - self.baseline_bytes
-        return max(0, peak)
 
 
 class MetricsLog(pl.Callback):  # type: ignore[misc]
@@ -152,7 +86,7 @@ class MetricsLog(pl.Callback):  # type: ignore[misc]
         labels = [f"validation_dice_{label.name}" for label in plan.labels[1:]]
         self.columns = (
             *("epoch", "step", "minutes", "learning_rate", "loss", "validation_loss"),
-            *("validation_dice", *labels, "peak_bytes", "predicted_peak_bytes"),
+            *("validation_dice", *labels, "validation_voe", "peak_bytes", "predicted_peak_bytes"),
         )
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: SegmentationModule) -> None:
@@ -181,22 +115,89 @@ class MetricsLog(pl.Callback):  # type: ignore[misc]
 
 
 class BestWeights(pl.Callback):  # type: ignore[misc]
-    """Keeps the averaged weights of the best validation Dice, whole or not at all."""
+    """Keeps the averaged weights of the best validation, whole or not at all.
 
-    def __init__(self, path: Path) -> None:
+    Best is where the exponential mean of the validations' Dice was highest.
+
+    Args:
+        path: of the weights.
+        smoothing: share of the earlier validations in the mean; 0: the Dice itself.
+
+    Attributes:
+        best_epoch: whose weights are kept.
+        best_score: its validation Dice.
+    """
+
+    def __init__(self, path: Path, smoothing: float = 0.0) -> None:
         self.path = path
         self.best_score = -1.0
         self.best_epoch = -1
+        self._best_mean = -1.0
+        self._mean = ExponentialMean(smoothing)
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: SegmentationModule) -> None:
+    def state_dict(self) -> dict[str, Any]:
+        """For the checkpoint."""
+        return {
+            "best_score": self.best_score,
+            "best_epoch": self.best_epoch,
+            "best_mean": self._best_mean,
+            "mean": self._mean.state_dict(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """From the checkpoint."""
+        self.best_score, self.best_epoch = state_dict["best_score"], state_dict["best_epoch"]
+        self._best_mean = state_dict["best_mean"]
+        self._mean.load_state_dict(state_dict["mean"])
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: SegmentationModule) -> None:
         """After each validation, in the first process."""
-        score = float(trainer.callback_metrics.get("validation_dice", -1.0))
-        if not trainer.is_global_zero or score <= self.best_score:
+        score = float(trainer.callback_metrics["validation_dice"])
+        mean = self._mean.add(score)
+        if not trainer.is_global_zero or mean <= self._best_mean:
             return
+        self._best_mean = mean
         self.best_score, self.best_epoch = score, trainer.current_epoch
         state = pl_module.averaged.module.state_dict()
         with written_whole(self.path) as partial:
             save_file({name: tensor.cpu().contiguous() for name, tensor in state.items()}, partial)
+
+
+class Thawing(pl.Callback):  # type: ignore[misc]
+    """Lets parts that stood still learn once their share of the run is over.
+
+    Args:
+        config: what thaws, and when.
+    """
+
+    def __init__(self, config: StartConfig) -> None:
+        self.config = config
+        self.waiting = list(config.thaw)
+
+    def state_dict(self) -> dict[str, int]:
+        """For the checkpoint."""
+        return {"n_thawed": len(self.config.thaw) - len(self.waiting)}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """From the checkpoint."""
+        self.waiting = list(self.config.thaw[state_dict["n_thawed"] :])
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: SegmentationModule) -> None:
+        """What learnt when a run was cut off learns when it goes on."""
+        del trainer
+        for stage in self.config.thaw[: len(self.config.thaw) - len(self.waiting)]:
+            set_frozen(pl_module.network, stage.parts, frozen=False)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: SegmentationModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Before each step."""
+        del batch, batch_idx
+        step = trainer.global_step
+        while self.waiting and pl_module.clock.fraction(step) >= self.waiting[0].at:
+            parts = self.waiting.pop(0).parts
+            set_frozen(pl_module.network, parts, frozen=False)
+            pl_module.note(f"{', '.join(parts)} learns from here on")
 
 
 @dataclass
@@ -215,6 +216,16 @@ class RecordKeeper(pl.Callback):  # type: ignore[misc]
     n_epochs: int = 0
     started: datetime = field(default_factory=lambda: datetime.now().replace(microsecond=0))
 
+    def state_dict(self) -> dict[str, Any]:
+        """For the checkpoint."""
+        started = self.started.isoformat()
+        return {"n_epochs": self.n_epochs, "started": started, "notes": list(self.notes)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """From the checkpoint."""
+        self.n_epochs, self.notes = state_dict["n_epochs"], tuple(state_dict["notes"])
+        self.started = datetime.fromisoformat(state_dict["started"])
+
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: SegmentationModule) -> None:
         """After each epoch, in the first process."""
         self.n_epochs += 1
@@ -222,17 +233,17 @@ class RecordKeeper(pl.Callback):  # type: ignore[misc]
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: SegmentationModule) -> None:
         """Once training is over as it should be."""
-        self._write(trainer, pl_module, stopped_by=_stopped_by(trainer, pl_module))
+        self._write(trainer, pl_module, stopped_by=_stopped_by(pl_module))
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: SegmentationModule, exception: BaseException
     ) -> None:
         """When training is cut short."""
-        by: StoppedBy = "interrupt" if isinstance(exception, KeyboardInterrupt) else "error"
+        by = "interrupt" if isinstance(exception, KeyboardInterrupt) else "error"
         self._write(trainer, pl_module, stopped_by=by)
 
     def _write(
-        self, trainer: pl.Trainer, pl_module: SegmentationModule, *, stopped_by: StoppedBy
+        self, trainer: pl.Trainer, pl_module: SegmentationModule, *, stopped_by: str
     ) -> None:
         if not trainer.is_global_zero:
             return
@@ -270,14 +281,15 @@ class RecordKeeper(pl.Callback):  # type: ignore[misc]
                 ),
             ),
             events=tuple(pl_module.rescue.events),
+            changes=tuple(pl_module.changes),
             notes=self.notes,
         ).save(self.path)
 
 
-def _stopped_by(trainer: pl.Trainer, module: SegmentationModule) -> StoppedBy:
-    if module.clock.fraction(trainer.global_step) >= 1:
-        return "minutes" if module.plan.training.minutes is not None else "epochs"
-    return "patience"
+def _stopped_by(module: SegmentationModule) -> str:
+    if module.stopped_by is not None:
+        return module.stopped_by
+    return "minutes" if module.plan.training.minutes is not None else "epochs"
 
 
 def _version(package: str) -> str | None:

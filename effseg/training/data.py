@@ -82,7 +82,7 @@ class PatchData(pl.LightningDataModule):  # type: ignore[misc]  # Lightning ship
         n_bytes = batch_bytes(
             self.plan.patch_size,
             len(self.plan.channels),
-            self.plan.batch_size,
+            self.plan.samples_per_step,
             label_itemsize=index_dtype(self.plan).itemsize,
         )
         training, shared = self.plan.training, shared_bytes()
@@ -110,7 +110,7 @@ class PatchData(pl.LightningDataModule):  # type: ignore[misc]  # Lightning ship
         patches = TrainingPatches(
             self.train_cases,
             self.plan.patch_size,
-            n_patches=training.steps_per_epoch * self.plan.batch_size * world,
+            n_patches=training.steps_per_epoch * self.plan.samples_per_step * world,
             config=training,
             epoch=trainer.current_epoch if trainer is not None else 0,
             augmentation=replace(self.augmentation, share=self._share()),
@@ -118,7 +118,7 @@ class PatchData(pl.LightningDataModule):  # type: ignore[misc]  # Lightning ship
         queue = self._queue()
         return DataLoader(
             patches,
-            batch_size=self.plan.batch_size,
+            batch_size=self.plan.samples_per_step,
             num_workers=queue.workers,
             prefetch_factor=queue.ahead or None,
             worker_init_fn=_GiveBack(),

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from pydantic import ValidationError
 
 from effseg.dataset import Dataset, Fold, folds, read_dataset
@@ -20,18 +19,22 @@ from effseg.ledger import check_parent, note_run
 from effseg.memory import heap_of
 from effseg.planner import check_plan
 from effseg.plans import Plan, Policy
-from effseg.record import CHECKPOINTS, METRICS, PLAN, RATES, RECORD, WEIGHTS
+from effseg.record import METRICS, PLAN, RATES, RECORD, STOP, WEIGHTS
 from effseg.training.callbacks import (
     BestWeights,
-    MemoryWatch,
     MetricsLog,
     ProgressReport,
     RecordKeeper,
+    Thawing,
     TrainingState,
 )
 from effseg.training.data import PatchData
+from effseg.training.memory_watch import MemoryWatch
 from effseg.training.module import SegmentationModule
-from effseg.training.rates import RULE, LearningRates, try_rates
+from effseg.training.rates import LearningRates, try_rates, with_rate
+from effseg.training.requests import StopOnRequest
+from effseg.training.resuming import EpochCheckpoint, RunState, rewind
+from effseg.training.stopping import EarlyStop
 from effseg.training.trainer import build_trainer, fit, import_late_parts, quiet_lightning
 
 logger = logging.getLogger("effseg")
@@ -53,6 +56,8 @@ def train(
     seed: int | None = None,
     augment: Policy | None = None,
     find_lr: bool = False,
+    init_from: str | Path | None = None,
+    resume: bool = False,
     notes: tuple[str, ...] = (),
     parent: str | Path | None = None,
     preparing: Callable[[int, int], None] | None = None,
@@ -77,6 +82,10 @@ def train(
         augment: the policy by name, in place of the plan's.
         find_lr: take the learning rate that `find_learning_rate` suggests, in place of the plan's;
             its steps are not counted in minutes or epochs.
+        init_from: a run's folder or a file of weights to start from, in place of the plan's: what
+            matches by name and shape is taken; the record's `changes` say what did.
+        resume: go on with the run in `out`, which was cut off, from its last whole epoch. On a CPU
+            and by epochs it ends with the weights that it would have had.
         notes: sentences that the report repeats, such as where the data come from.
         parent: the run whose differences from this one stand in `runs.csv` beside `out`; None: the
             newest earlier one there on the same data set.
@@ -92,7 +101,7 @@ def train(
         KeyboardInterrupt: as it was sent; what was learnt until then is kept.
         PlanError: if plan and data set do not fit, minutes and epochs are both or neither set, or
             the device is not here.
-        CheckpointError: if `parent` is no run.
+        CheckpointError: if `parent` is no run, or the weights to start from cannot be used.
         DataError: if `out` is taken, a case cannot be used, or the loss falls at no learning rate.
         MemoryBudgetError: if a step takes more than the plan's budget, or runs out of memory,
             whatever is recomputed and split.
@@ -100,12 +109,20 @@ def train(
     source = "plan" if isinstance(plan, Plan) else plan
     plan, dataset = _opened(plan, dataset)
     plan = with_choices(
-        plan, minutes=minutes, epochs=epochs, device=device, seed=seed, augment=augment
+        plan,
+        minutes=minutes,
+        epochs=epochs,
+        device=device,
+        seed=seed,
+        augment=augment,
+        init_from=init_from,
     )
+    if devices > 1 and plan.training.start.thaw:
+        raise PlanError(f"training.start.thaw on {devices} processes; parts thaw only on one")
     chosen = choose_fold(dataset, fold)
     present = present_device(plan.device)
     out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if not resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DataError(f"{out}: not empty; name a new folder, so that two runs cannot mix")
     if parent is not None:
         check_parent(parent)
@@ -119,17 +136,21 @@ def train(
             # each of several processes does so for itself
             heap.enter_context(heap_of(plan.memory.heap))
             watch.start()
-        module = SegmentationModule(_seeded(plan))
+        state = RunState(plan, dataset, chosen)
+        checkpoint = rewind(out, state) if resume else None
+        module = SegmentationModule(_seeded(plan), fresh=resume)
         data = _prepare(plan, dataset, chosen, cache, progress=preparing)
-        if find_lr:
+        if find_lr and not resume:
             del module
             logger.info("looking for a learning rate: %d steps at most", RANGE_TEST_STEPS)
             rates = try_rates(plan, data, device=present, folder=cache, steps=RANGE_TEST_STEPS)
             rates.save(out / RATES)
             plan = with_rate(plan, rates)
+            state = RunState(plan, dataset, chosen)
             module = SegmentationModule(_seeded(plan))
         plan.save(out / PLAN)
-        best = BestWeights(out / WEIGHTS)
+        stopping = plan.training.stopping
+        best = BestWeights(out / WEIGHTS, stopping.smoothing)
         record = RecordKeeper(
             path=out / RECORD,
             plan=plan,
@@ -143,24 +164,25 @@ def train(
         )
         callbacks: list[pl.Callback] = [
             watch,
+            StopOnRequest(out / STOP),
             MetricsLog(out / METRICS, plan, watch),
             best,
             record,
-            ModelCheckpoint(out / CHECKPOINTS, save_last=True, save_top_k=0),
+            state,
+            EpochCheckpoint(out),
+            Thawing(plan.training.start),
         ]
+        if stopping.kind != "none":
+            callbacks.append(EarlyStop(stopping))
         if progress is not None:
             callbacks.append(ProgressReport(progress))
-        if plan.training.patience is not None:
-            callbacks.append(
-                EarlyStopping("validation_dice", mode="max", patience=plan.training.patience)
-            )
         with quiet_lightning():
             trainer = build_trainer(
                 plan, present, folder=out, callbacks=callbacks, n_devices=devices
             )
-        fit(trainer, module, data)
+        fit(trainer, module, data, checkpoint=checkpoint)
     except BaseException:
-        if not (out / WEIGHTS).exists():
+        if not resume and not (out / WEIGHTS).exists():
             # nothing worth keeping was learnt yet: leave no half-written run
             shutil.rmtree(out, ignore_errors=True)
         raise
@@ -217,22 +239,6 @@ def find_learning_rate(
         return try_rates(plan, data, device=present, folder=cache, steps=steps, progress=progress)
 
 
-def with_rate(plan: Plan, rates: LearningRates) -> Plan:
-    """The plan with the learning rate that a range test suggests, and why."""
-    reason = (
-        f"{RULE}, of {len(rates.rates)} steps at rates from {rates.rates[0]:.2g} to "
-        f"{rates.rates[-1]:.2g}"
-    )
-    rate = float(f"{rates.suggestion:.2g}")
-    optimizer = plan.training.optimizer.model_copy(update={"learning_rate": rate})
-    return plan.model_copy(
-        update={
-            "training": plan.training.model_copy(update={"optimizer": optimizer}),
-            "reasons": plan.reasons | {"learning_rate": reason},
-        }
-    )
-
-
 def _opened(plan: Plan | str | Path, dataset: Dataset | str | Path) -> tuple[Plan, Dataset]:
     return (
         plan if isinstance(plan, Plan) else Plan.load(plan),
@@ -263,6 +269,7 @@ def with_choices(
     device: str | None,
     seed: int | None,
     augment: Policy | None = None,
+    init_from: str | Path | None = None,
 ) -> Plan:
     """The plan with a call's own choices in place of its own.
 
@@ -278,6 +285,8 @@ def with_choices(
         content["training"]["augment"] = plan.training.augment.as_content(augment)
     if device is not None:
         content["device"] = device
+    if init_from is not None:
+        content["training"]["start"]["init_from"] = str(Path(init_from).resolve())
     try:
         return Plan.model_validate(content)
     except ValidationError as error:

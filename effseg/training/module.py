@@ -2,22 +2,31 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from torch import Tensor
-from torch.optim import AdamW
+from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from effseg.errors import DataError, MemoryBudgetError
 from effseg.losses import DeepSupervisionLoss, build_loss
 from effseg.memory import apply_policy
 from effseg.networks import build_network
+from effseg.networks.freezing import freeze_for_start
+from effseg.optimizers import build_optimizer
 from effseg.plans import Plan
-from effseg.training.clock import Clock, learning_rate_factor
+from effseg.record import RunChange
+from effseg.training.clock import Clock
 from effseg.training.rescue import Rescue, first_line, is_out_of_memory
+from effseg.training.starting import load_weights
+
+StoppedBy = Literal["stop file", "interrupt", "terminate", "patience", "trend"]
+"""What may end a run before its time."""
 
 
 @dataclass(frozen=True)
@@ -48,16 +57,30 @@ class SegmentationModule(pl.LightningModule):  # type: ignore[misc]  # Lightning
 
     A step that runs out of memory is done again with less (`rescue`).
 
+    Args:
+        plan: of the training.
+        fresh: leave the weights to start from alone: others will take their place.
+
+    Attributes:
+        changes: what the run changed on its way, for the record.
+        stopped_by: what ended it before its time, if anything did.
+
     Raises:
-        PlanError: if a policy names no stage of the network.
+        PlanError: if a policy names no stage of the network, or nothing in it may learn.
+        CheckpointError: if the weights to start from cannot be used.
     """
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, *, fresh: bool = False) -> None:
         super().__init__()
         self.plan = plan
         self.n_classes = len(plan.labels)
         self.ignore_index = self.n_classes if plan.ignores_voxels else None
+        self.changes: list[RunChange] = []
         self.network = build_network(plan.network)
+        start = plan.training.start
+        if start.init_from is not None and not fresh:
+            self.note(str(load_weights(self.network, start.init_from)))
+        freeze_for_start(self.network, start)
         average = ExponentialAverage(plan.training.optimizer.ema_decay)
         self.averaged = AveragedModel(self.network, multi_avg_fn=average)
         self.averaged.requires_grad_(requires_grad=False)
@@ -76,6 +99,20 @@ class SegmentationModule(pl.LightningModule):  # type: ignore[misc]  # Lightning
         self.clock = Clock(plan.training)
         self.overlap = torch.zeros(3, self.n_classes, dtype=torch.int64)
         self.validation_losses: list[Tensor] = []
+        self.stopped_by: StoppedBy | None = None
+        self.part = 0
+        self.part_losses: list[Tensor] = []
+
+    def note(self, what: str) -> None:
+        """Put a change into the record: from here on the run does something otherwise."""
+        self.changes.append(
+            RunChange(
+                epoch=self.current_epoch,
+                step=self.global_step,
+                when=datetime.now().replace(microsecond=0),
+                what=what,
+            )
+        )
 
     def on_train_start(self) -> None:
         """The clock runs from the first step, not from the import."""
@@ -84,21 +121,28 @@ class SegmentationModule(pl.LightningModule):  # type: ignore[misc]  # Lightning
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Set the learning rate; with several processes the first one's clock counts for all."""
         del batch, batch_idx
-        fraction = self.trainer.strategy.broadcast(self.clock.fraction(self.global_step))
-        config = self.plan.training.optimizer
-        rate = config.learning_rate * learning_rate_factor(fraction, warmup=config.warmup)
+        step, config = self.global_step, self.plan.training.optimizer
+        # what is dropped follows from these alone, as patches do, wherever a run went on
+        parts = (self.plan.training.seed, step, self.global_rank)
+        torch.manual_seed(int(np.random.SeedSequence(parts).generate_state(1)[0]))
+        fraction, factor = self.trainer.strategy.broadcast(
+            (self.clock.fraction(step), self.clock.rate_factor(step, config))
+        )
         for group in self.optimizers().param_groups:
-            group["lr"] = rate
+            group["lr"] = config.learning_rate * factor
         if fraction >= 1:
             self.trainer.should_stop = True
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """The loss of one batch."""
+        """The loss of one batch, of those whose mean makes a step."""
         del batch_idx
-        image, label = batch
+        size = self.plan.batch_size
+        image, label = (part[self.part * size : (self.part + 1) * size] for part in batch)
         loss = self.rescue.step.loss(image, label)
         self.check_loss(loss)
-        return loss
+        self.part_losses[self.part :] = [loss.detach()]
+        n_parts = self.plan.training.optimizer.accumulate
+        return loss if n_parts == 1 else loss / n_parts
 
     def check_loss(self, loss: Tensor) -> None:
         """Refuse a loss that nothing can be learnt from.
@@ -113,6 +157,11 @@ class SegmentationModule(pl.LightningModule):  # type: ignore[misc]  # Lightning
                 "may help, "
                 "`effseg check` looks at the data"
             )
+
+    @property
+    def step_loss(self) -> Tensor:
+        """The loss of the last step: the mean over its batches."""
+        return torch.stack(self.part_losses).mean()
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Gradients, of the whole batch or sample by sample."""
@@ -145,15 +194,29 @@ class SegmentationModule(pl.LightningModule):  # type: ignore[misc]  # Lightning
             ) from error
 
     def _guarded(self, closure: Callable[[], Any], *, epoch: int, step: int) -> Any:
+        run = partial(self._each_part, closure)
         if self.trainer.world_size > 1:
-            return closure()
-        return self.rescue.run(closure, epoch=epoch, step=step)
+            return run()
+        return self.rescue.run(run, epoch=epoch, step=step)
+
+    def _each_part(self, closure: Callable[[], Any]) -> Any:
+        """Forward and backward of each batch of a step; their gradients add up."""
+        result = None
+        for part in range(self.plan.training.optimizer.accumulate):
+            self.part = part
+            result = closure()
+        return result
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
+        """Before the first backward of a step, and no other."""
+        if self.part == 0:
+            super().optimizer_zero_grad(epoch, batch_idx, optimizer)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """After each step the average follows, and the gradients go before the next forward."""
-        del batch, batch_idx
+        del outputs, batch, batch_idx
         # logged here, not in the step, which may run more than once
-        self.log("loss", outputs["loss"], on_step=False, on_epoch=True, sync_dist=True)
+        self.log("loss", self.step_loss, on_step=False, on_epoch=True, sync_dist=True)
         self.averaged.update_parameters(self.network)
         self.optimizers().zero_grad(set_to_none=True)
 
@@ -170,7 +233,10 @@ class SegmentationModule(pl.LightningModule):  # type: ignore[misc]  # Lightning
             self.overlap[row] += counts.cpu()
 
     def on_validation_epoch_end(self) -> None:
-        """Log the Dice of each label and their mean over the labels that occur."""
+        """Log the Dice of each label, its mean over the labels that occur, and that of 1 - Jaccard.
+
+        1 - Jaccard is the volumetric overlap error (VOE); of a label, J = D / (2 - D).
+        """
         overlap = self.all_gather(self.overlap.to(self.device)).view(-1, 3, self.n_classes).sum(0)
         hits, guesses, references = overlap.double()[:, 1:]
         dice = torch.where(
@@ -182,21 +248,13 @@ class SegmentationModule(pl.LightningModule):  # type: ignore[misc]  # Lightning
             self.log(f"validation_dice_{label.name}", value.float())
         mean = dice.nanmean().nan_to_num(0.0)
         self.log("validation_dice", mean.float())
+        self.log("validation_voe", (1 - (dice / (2 - dice)).nanmean().nan_to_num(0.0)).float())
         self.overlap.zero_()
         self.validation_losses.clear()
 
-    def configure_optimizers(self) -> AdamW:
-        """AdamW; norms' gains and biases are not decayed."""
-        config = self.plan.training.optimizer
-        decayed = [p for p in self.network.parameters() if p.ndim > 1]
-        free = [p for p in self.network.parameters() if p.ndim <= 1]
-        return AdamW(
-            [
-                {"params": decayed, "weight_decay": config.weight_decay},
-                {"params": free, "weight_decay": 0.0},
-            ],
-            lr=config.learning_rate,
-        )
+    def configure_optimizers(self) -> Optimizer:
+        """As planned."""
+        return build_optimizer(self.network.parameters(), self.plan.training.optimizer)
 
 
 def _where(error: BaseException, world_size: int) -> str:

@@ -113,6 +113,22 @@ def try_rates(
     return LearningRates.of(tuple(_rate(i, steps) for i in range(len(losses))), losses)
 
 
+def with_rate(plan: Plan, rates: LearningRates) -> Plan:
+    """The plan with the learning rate that a range test suggests, and why."""
+    reason = (
+        f"{RULE}, of {len(rates.rates)} steps at rates from {rates.rates[0]:.2g} to "
+        f"{rates.rates[-1]:.2g}"
+    )
+    rate = float(f"{rates.suggestion:.2g}")
+    optimizer = plan.training.optimizer.model_copy(update={"learning_rate": rate})
+    return plan.model_copy(
+        update={
+            "training": plan.training.model_copy(update={"optimizer": optimizer}),
+            "reasons": plan.reasons | {"learning_rate": reason},
+        }
+    )
+
+
 class _RangeTest(SegmentationModule):
     """Steps of a training at rates that rise; nothing is averaged, validated or kept."""
 
@@ -135,8 +151,8 @@ class _RangeTest(SegmentationModule):
         """A loss that is not finite ends the test and is no mistake."""
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        del batch, batch_idx
-        loss = float(outputs["loss"])
+        del outputs, batch, batch_idx
+        loss = float(self.step_loss)
         if math.isfinite(loss):
             self.losses.append(loss)
         *_, last = smoothed = _smoothed(self.losses) or [math.nan]

@@ -8,12 +8,15 @@ from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from effseg.devices import Precision
+from effseg.files import written_whole
 from effseg.plans import Plan
 
 PRECISIONS: dict[Precision, str] = {
@@ -21,6 +24,22 @@ PRECISIONS: dict[Precision, str] = {
     "bfloat16": "bf16-mixed",
     "float16": "16-mixed",
 }
+
+
+class StreamedCheckpoint(TorchCheckpointIO):  # type: ignore[misc]  # Lightning ships no types
+    """Writes a checkpoint tensor by tensor, whole or not at all.
+
+    Lightning's own way makes the file in memory first: all weights, their averages and the
+    optimizer's state once more.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
+    ) -> None:
+        """Write it."""
+        del storage_options
+        with written_whole(path) as partial:
+            torch.save(checkpoint, partial)
 
 
 def build_trainer(
@@ -59,23 +78,41 @@ def build_trainer(
         logger=False if trial else _tensorboard(folder),
         callbacks=list(callbacks),
         enable_checkpointing=not trial,
+        plugins=[StreamedCheckpoint()],
         enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=folder,
     )
 
 
-def fit(trainer: pl.Trainer, module: pl.LightningModule, data: pl.LightningDataModule) -> None:
-    """Fit; Lightning makes a `sys.exit` of an interrupt and ignores those to come: undo both."""
+def fit(
+    trainer: pl.Trainer,
+    module: pl.LightningModule,
+    data: pl.LightningDataModule,
+    *,
+    checkpoint: Path | None = None,
+) -> None:
+    """Fit; Lightning makes a `sys.exit` of an interrupt and ignores those to come: undo both.
+
+    An interrupt that waited for the step in hand is raised once the training has ended.
+
+    Args:
+        trainer: as it was built.
+        module: what learns.
+        data: from which.
+        checkpoint: to go on from; None: from the start.
+    """
     handler = signal.getsignal(signal.SIGINT)
     try:
         with quiet_lightning():
-            trainer.fit(module, datamodule=data)
+            trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     except SystemExit as stop:
         if not isinstance(stop.__context__, KeyboardInterrupt):
             raise
         signal.signal(signal.SIGINT, handler)
         raise stop.__context__ from None
+    if module.stopped_by in ("interrupt", "terminate"):
+        raise KeyboardInterrupt
 
 
 def import_late_parts() -> None:
