@@ -94,6 +94,9 @@ def test_the_whole_way(tiny_dataset: Path, tiny_plan: Plan, tmp_path: Path) -> N
     [
         (("frobnicate",), 1, "No such command"),
         (("train", "x", "--out", "y"), 1, "--plan PLAN or --memory SIZE"),
+        (("train", "x"), 1, "give DATASET and --out RUN, or --resume RUN"),
+        (("train", "--resume", "r", "--epochs", "3"), 1, "leave epochs out"),
+        (("train", "--resume", "/no/run"), 2, "no such record"),
         (("check", "/nowhere/at/all"), 2, "/nowhere/at/all"),
         (("plan", ".", "--memory", "lots"), 2, "expected a size"),
         (("plan", ".", "--memory", "1GiB,lots"), 2, "memory 'lots'; expected a size"),

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from effseg import cli
 from effseg.errors import CheckpointError
 from effseg.plans import Plan
 from effseg.record import METRICS, PLAN, RECORD, WEIGHTS, RunRecord
@@ -84,6 +85,19 @@ def cut_run(tiny_plan: Plan, tiny_dataset: Path, tmp_path_factory: pytest.TempPa
     with pytest.raises(KeyboardInterrupt):
         train(tiny_plan, tiny_dataset, out=run, progress=cut)
     return run
+
+
+def test_the_command_goes_on_and_says_so(
+    cut_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(cut_run, run)
+    cli.app(["train", "--resume", str(run)], standalone_mode=False)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "epoch 1: went on from here after it was cut off" in said
+    assert f"report {run / 'report.html'}" in said
+    assert "step 6: went on from here after it was cut off" in (run / "report.html").read_text()
+    assert RunRecord.load(run / RECORD).stopped_by == "epochs"
 
 
 @pytest.mark.parametrize("what", ["plan", "data", "finished", "no epoch"])

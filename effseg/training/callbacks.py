@@ -91,6 +91,8 @@ class MetricsLog(pl.Callback):  # type: ignore[misc]
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: SegmentationModule) -> None:
         """After training and validation of an epoch, in the first process."""
+        # the loss is added up over all processes when it is asked for, so each one asks
+        known = {name: float(value) for name, value in trainer.callback_metrics.items()}
         if not trainer.is_global_zero:
             return
         memory = {
@@ -99,7 +101,6 @@ class MetricsLog(pl.Callback):  # type: ignore[misc]
         }
         for log in trainer.loggers:
             log.log_metrics(memory, step=trainer.global_step)
-        known = {name: float(value) for name, value in trainer.callback_metrics.items()}
         known |= memory | {
             "epoch": trainer.current_epoch,
             "step": trainer.global_step,
