@@ -60,6 +60,9 @@ class Clock:
     def end_early(self, step: int, *, cool_down: float) -> bool:
         """Cut the run short after `step` steps.
 
+        Whatever else follows the share of the run that is over sees it jump: the run is taken to
+        have been planned as short as it is now.
+
         Args:
             step: steps done.
             cool_down: how long the rest takes, as a share of what was trained until now.

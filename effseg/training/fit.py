@@ -136,7 +136,7 @@ def train(
             # each of several processes does so for itself
             heap.enter_context(heap_of(plan.memory.heap))
             watch.start()
-        state = RunState(plan, dataset, chosen)
+        state = RunState(out, plan, dataset, chosen)
         checkpoint = rewind(out, state) if resume else None
         module = SegmentationModule(_seeded(plan), fresh=resume)
         data = _prepare(plan, dataset, chosen, cache, progress=preparing)
@@ -146,7 +146,7 @@ def train(
             rates = try_rates(plan, data, device=present, folder=cache, steps=RANGE_TEST_STEPS)
             rates.save(out / RATES)
             plan = with_rate(plan, rates)
-            state = RunState(plan, dataset, chosen)
+            state = RunState(out, plan, dataset, chosen)
             module = SegmentationModule(_seeded(plan))
         plan.save(out / PLAN)
         stopping = plan.training.stopping
@@ -169,7 +169,7 @@ def train(
             best,
             record,
             state,
-            EpochCheckpoint(out),
+            EpochCheckpoint(out, state),
             Thawing(plan.training.start),
         ]
         if stopping.kind != "none":

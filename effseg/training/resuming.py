@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import json
 import shutil
 from collections.abc import Sequence
 from datetime import datetime
@@ -9,17 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.callbacks import Checkpoint
 
 from effseg.dataset import Case, Dataset, Fold
 from effseg.errors import CheckpointError
-from effseg.files import write_text_whole, written_whole
+from effseg.files import read_json, write_text_whole, written_whole
 from effseg.plans import Plan
 from effseg.record import CHECKPOINTS, METRICS, RECORD, WEIGHTS, RunChange, RunEvent, RunRecord
 from effseg.training.module import SegmentationModule
 
 LAST = "last.ckpt"
+KNOWN = "known.json"
+"""What a run is known by again: its plan and its data."""
 STATE = "effseg"
 """Under which name a checkpoint holds what Lightning does not know of."""
 END_BYTES = 2**16
@@ -34,18 +36,22 @@ class EpochCheckpoint(Checkpoint):  # type: ignore[misc]  # Lightning ships no t
 
     Args:
         run: its folder.
+        state: of the run; what it is known by lies beside the checkpoint.
     """
 
-    def __init__(self, run: Path) -> None:
+    def __init__(self, run: Path, state: "RunState") -> None:
         self.run = run
+        self.state = state
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: SegmentationModule) -> None:
         """After validation, log and best weights of an epoch."""
         del pl_module
         if trainer.fit_loop.epoch_loop.batch_progress.current.ready < trainer.num_training_batches:
             return
-        if trainer.is_global_zero and (self.run / WEIGHTS).exists():
-            _copy(self.run / WEIGHTS, self.run / CHECKPOINTS / WEIGHTS)
+        if trainer.is_global_zero:
+            write_text_whole(self.run / CHECKPOINTS / KNOWN, json.dumps(self.state.known))
+            if (self.run / WEIGHTS).exists():
+                _copy(self.run / WEIGHTS, self.run / CHECKPOINTS / WEIGHTS)
         trainer.save_checkpoint(self.run / CHECKPOINTS / LAST)
 
 
@@ -53,12 +59,14 @@ class RunState(pl.Callback):  # type: ignore[misc]
     """Puts into a checkpoint what the run is beside weights, optimizer and loops, and back.
 
     Args:
+        run: its folder.
         plan: as it is trained.
         dataset: whose files are looked at, to know them again.
         fold: the cases of training and validation.
     """
 
-    def __init__(self, plan: Plan, dataset: Dataset, fold: Fold) -> None:
+    def __init__(self, run: Path, plan: Plan, dataset: Dataset, fold: Fold) -> None:
+        self.run = run
         by_name = {case.name: case for case in dataset.cases}
         parts = [[by_name[name] for name in names] for names in (fold.train, fold.validation)]
         self.known = {"plan": _what_is_learnt(plan), "data": "/".join(map(_digest, parts))}
@@ -68,7 +76,7 @@ class RunState(pl.Callback):  # type: ignore[misc]
     ) -> None:
         """At the end of an epoch."""
         del trainer
-        checkpoint[STATE] = self.known | {
+        checkpoint[STATE] = {
             "clock": pl_module.clock.state(),
             "changes": [change.model_dump_json() for change in pl_module.changes],
             "events": [event.model_dump_json() for event in pl_module.rescue.events],
@@ -78,8 +86,9 @@ class RunState(pl.Callback):  # type: ignore[misc]
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: SegmentationModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Before a run goes on."""
-        del trainer
+        """Before a run goes on: what came after the checkpoint is trained again."""
+        if trainer.is_global_zero:
+            _trim(self.run / METRICS, epochs=checkpoint["epoch"] + 1)
         state = checkpoint[STATE]
         pl_module.clock.restore(state["clock"])
         pl_module.changes = [RunChange.model_validate_json(text) for text in state["changes"]]
@@ -111,14 +120,13 @@ def rewind(run: Path, state: RunState) -> Path:
     path = run / CHECKPOINTS / LAST
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file: no whole epoch is kept; train anew")
-    kept = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    known = read_json(run / CHECKPOINTS / KNOWN, error=CheckpointError)
     for what, name in (("plan", "plan.json"), ("data", "the data set's files")):
-        if kept.get(STATE, {}).get(what) != state.known[what]:
+        if not isinstance(known, dict) or known.get(what) != state.known[what]:
             raise CheckpointError(
                 f"{run}: {name} changed since it was trained; put back what was there, or train "
                 "anew with --init-from"
             )
-    _trim(run / METRICS, epochs=kept["epoch"] + 1)
     best = run / CHECKPOINTS / WEIGHTS
     if best.is_file():
         _copy(best, run / WEIGHTS)
