@@ -15,7 +15,7 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor, nn
 
-from effseg.losses import DiceCELoss
+from effseg.losses import CompoundLoss
 from effseg.memory import measure_peak
 from effseg.networks import defer_logits
 
@@ -33,11 +33,11 @@ def by_monai(head: nn.Conv3d, features: Tensor, labels: Tensor) -> Tensor:
 
 
 def by_effseg(head: nn.Conv3d, features: Tensor, labels: Tensor) -> Tensor:
-    return DiceCELoss()(head(features), labels)
+    return CompoundLoss()(head(features), labels)
 
 
 def deferred(head: nn.Conv3d, features: Tensor, labels: Tensor) -> Tensor:
-    return DiceCELoss()(defer_logits(head, features), labels)
+    return CompoundLoss()(defer_logits(head, features), labels)
 
 
 seconds_of_monai: dict[tuple[object, ...], float] = {}

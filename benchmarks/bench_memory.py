@@ -28,7 +28,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from effseg.losses import DiceCELoss
+from effseg.losses import CompoundLoss
 from effseg.memory import MemoryReport, measure_peak, trace_peak
 from effseg.memory.trace import mean_of_outputs
 
@@ -102,7 +102,7 @@ class Step:
         self.batch = torch.randn(self.shape, device=DEVICE)
         labels = (n, side, side, side)
         self.labels = torch.randint(0, 2, labels, device=DEVICE, dtype=torch.uint8)
-        self.loss = DiceCELoss()
+        self.loss = CompoundLoss()
         self.optimizer = None if case.block else AdamW(self.network.parameters(), lr=1e-3)
         if case.compiled:
             self.network.compile()
@@ -198,7 +198,7 @@ def traced(
     """Trace a case's training step."""
     batch = case.batch if batch is None else batch
     whole: dict[str, Any] = {
-        "loss": DiceCELoss(),
+        "loss": CompoundLoss(),
         "label_shape": (batch, side, side, side),
         "label_dtype": torch.uint8,
         "optimizer": partial(AdamW, lr=1e-3),

@@ -18,7 +18,7 @@ from torch.optim import AdamW
 
 import effseg
 from effseg.devices import AUTOCAST
-from effseg.losses import DiceCELoss
+from effseg.losses import CompoundLoss
 from effseg.memory import PeakResident, apply_policy, trace_peak
 from effseg.networks import DenseUNet, build_network
 from effseg.planner.geometry import stages_for
@@ -131,7 +131,7 @@ def search(name: str, budget_bytes: int) -> Found:
             CASE,
             memory=budget_bytes,
             n_classes=N_CLASSES,
-            loss=DiceCELoss(),
+            loss=CompoundLoss(),
             optimizer=OPTIMIZER,
             device="cpu",
         )
@@ -177,7 +177,7 @@ class Step:
         self, network: nn.Module, patch: Shape3, batch: int, dtype: torch.dtype | None = None
     ) -> None:
         self.network, self.patch, self.batch, self.dtype = network, patch, batch, dtype
-        self.loss = DiceCELoss()
+        self.loss = CompoundLoss()
         self.optimizer = OPTIMIZER(network.parameters())
 
     def seconds(self) -> float:
@@ -211,7 +211,7 @@ def planned_step_seconds(plan: Plan, *, patch: Shape3, batch: int, n_steps: int)
     """The same of a plan's network, as training takes its steps, in float32."""
     network = build_network(plan.network)
     apply_policy(network, plan.policies)
-    step = (SampleBySample if plan.sample_by_sample else WholeBatch)(network, DiceCELoss())
+    step = (SampleBySample if plan.sample_by_sample else WholeBatch)(network, CompoundLoss())
     optimizer = OPTIMIZER(network.parameters())
     seconds = []
     for _ in range(1 + n_steps):
@@ -232,7 +232,7 @@ def device_bytes_on_cuda(build: Callable[[], nn.Module], patch: Shape3, batch: i
     report = trace_peak(
         network,
         (batch, 1, *patch),
-        loss=DiceCELoss(),
+        loss=CompoundLoss(),
         label_shape=(batch, *patch),
         label_dtype=torch.uint8,
         optimizer=OPTIMIZER,

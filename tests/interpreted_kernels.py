@@ -30,10 +30,11 @@ from effseg.kernels import pointwise
 from effseg.kernels.cuda import KERNELS, blocks
 from effseg.kernels.cuda import pointwise as cuda_pointwise
 from effseg.kernels.cuda.partials import PARTIALS, partial_bytes
-from effseg.losses import DiceCELoss
+from effseg.losses import CompoundLoss
 from effseg.memory import measure_peak
 from effseg.networks import DenseBlock, NormActConv
 from effseg.networks.head import defer_logits
+from effseg.plans import LossConfig
 
 assert triton.knobs.runtime.interpret
 
@@ -213,7 +214,7 @@ def test_a_dense_block_below_a_loss_that_makes_its_logits() -> None:
     block = DenseBlock(6, 4, 2, bottleneck=2)
     head = NormActConv(14, 3, bias=True)
     labels = torch.randint(0, 3, (2, 4, 5, 6))
-    loss = DiceCELoss(focal_gamma=2.0)
+    loss = CompoundLoss(LossConfig(focal_gamma=2.0))
 
     def run(x):
         return loss(defer_logits(head, block(x)), labels)

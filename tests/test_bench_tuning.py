@@ -129,7 +129,7 @@ def test_a_run_takes_its_steps_under_its_policies_and_tells_its_peak():
     expected = trace_peak(
         several(),
         (2, 1, 32, 32, 32),
-        loss=cases.DiceCELoss(),
+        loss=cases.CompoundLoss(),
         label_shape=(2, 32, 32, 32),
         label_dtype=torch.uint8,
         optimizer=cases.OPTIMIZER,

@@ -109,7 +109,7 @@ from functools import partial
 import torch
 from monai.networks.nets import BasicUNet, SegResNet
 from torch import nn
-from effseg.losses import DiceCELoss
+from effseg.losses import CompoundLoss
 from effseg.memory import PeakResident, mapped_blocks, trace_peak
 
 torch.set_num_threads(2)
@@ -120,7 +120,7 @@ build = {
         memory_format=torch.channels_last_3d
     ),
 }[sys.argv[1]]
-shape, space, loss = (2, 1, 48, 48, 48), (2, 48, 48, 48), DiceCELoss()
+shape, space, loss = (2, 1, 48, 48, 48), (2, 48, 48, 48), CompoundLoss()
 expected = trace_peak(
     build(), shape, loss=loss, label_shape=space, label_dtype=torch.uint8,
     optimizer=partial(torch.optim.AdamW, lr=1e-3), device="cpu",

@@ -5,11 +5,12 @@ from functools import partial
 
 import pytest
 import torch
+from loss_of import loss_of
 from torch import Tensor, nn
 
 from effseg.errors import GeometryError, PlanError
-from effseg.kernels import class_sums, tiles
-from effseg.losses import DeepSupervisionLoss, DiceCELoss
+from effseg.kernels import class_sums, class_tiles, tiles
+from effseg.losses import DeepSupervisionLoss
 from effseg.memory import measure_peak, trace_peak
 from effseg.networks import DenseUNet, NormActConv, defer_logits
 from effseg.planner.step import Flagship
@@ -124,7 +125,7 @@ def test_equals_a_convolution_and_monai(background, over_batch, weights) -> None
         batch=over_batch,
         weight=None if weights is None else torch.tensor(weights),
     )
-    loss = DiceCELoss(dice_background=background, dice_over_batch=over_batch, weights=weights)
+    loss = loss_of(dice_background=background, dice_over_batch=over_batch, class_weights=weights)
     head, (features, labels) = conv_head(torch.float32), batch(dtype=torch.float32)
     expected = results(made, lambda z, y: oracle(z, y[:, None].long()), head, features, labels)
     got = results(defer_logits, loss, head, features, labels)
@@ -136,10 +137,10 @@ def test_equals_a_convolution_and_monai(background, over_batch, weights) -> None
 @pytest.mark.parametrize(("background", "over_batch"), SETTINGS)
 def test_equals_monai_over_what_is_not_ignored(background, over_batch, weights) -> None:
     settings = {"background": background, "over_batch": over_batch, "weights": weights}
-    loss = DiceCELoss(
+    loss = loss_of(
         dice_background=background,
         dice_over_batch=over_batch,
-        weights=weights,
+        class_weights=weights,
         ignore_label=IGNORE,
     )
     head, (features, labels) = conv_head(torch.float32), batch(dtype=torch.float32, ignored=0.4)
@@ -155,13 +156,13 @@ def test_equals_monai_over_what_is_not_ignored(background, over_batch, weights) 
     "options",
     [
         {},
-        {"focal_gamma": 2.0, "weights": WEIGHTS, "dice_over_batch": False},
+        {"focal_gamma": 2.0, "class_weights": WEIGHTS, "dice_over_batch": False},
         {"focal_gamma": 0.5, "ignore_label": IGNORE, "dice_background": True},
     ],
     ids=["plain", "weighed and focal", "ignoring and focal"],
 )
 def test_equals_the_loss_of_logits_that_exist(head, options, layout) -> None:
-    head, loss = HEADS[head](), DiceCELoss(**options)
+    head, loss = HEADS[head](), loss_of(**options)
     space = SPACE[: 2 if isinstance(head, nn.Conv2d) else 3]
     features, labels = batch(space, ignored=0.3 if "ignore_label" in options else 0.0)
     features = LAYOUTS[layout](features)
@@ -172,8 +173,8 @@ def test_equals_the_loss_of_logits_that_exist(head, options, layout) -> None:
 @pytest.mark.parametrize("labels_type", [torch.int8, torch.int16, torch.int32, torch.int64])
 def test_labels_of_any_integer_type(labels_type) -> None:
     head, (features, labels) = conv_head(), batch()
-    expected = results(defer_logits, DiceCELoss(), head, features, labels)
-    got = results(defer_logits, DiceCELoss(), head, features, labels.to(labels_type))
+    expected = results(defer_logits, loss_of(), head, features, labels)
+    got = results(defer_logits, loss_of(), head, features, labels.to(labels_type))
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
@@ -182,7 +183,7 @@ def test_gradients_are_those_of_the_function(head) -> None:
     head = HEADS[head]()
     space = (2, 3, 2)[: 2 if isinstance(head, nn.Conv2d) else 3]
     features, labels = batch(space, ignored=0.2)
-    loss = DiceCELoss(ignore_label=IGNORE, focal_gamma=1.5, dice_over_batch=False)
+    loss = loss_of(ignore_label=IGNORE, focal_gamma=1.5, dice_over_batch=False)
     names = [name for name, _ in head.named_parameters()]
 
     class Run(nn.Module):
@@ -202,7 +203,7 @@ def test_gradients_are_those_of_the_function(head) -> None:
 
 
 def test_tiles_and_threads_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    head, loss = norm_head("batch"), DiceCELoss(ignore_label=IGNORE, focal_gamma=1.0)
+    head, loss = norm_head("batch"), loss_of(ignore_label=IGNORE, focal_gamma=1.0)
     features, labels = batch((9, 10, 11), ignored=0.2)
     one = results(defer_logits, loss, head, features, labels)
     monkeypatch.setattr(class_sums, "TILE_BYTES", {"cpu": 1, "cuda": 1})  # the floor of 64 voxels
@@ -217,14 +218,14 @@ def test_tiles_and_threads_change_nothing(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_label_that_is_no_class_is_nan_with_zero_gradient() -> None:
     head, (features, labels) = conv_head(), batch()
     labels[1, 2, 3, 4] = 200
-    value, *gradients = results(defer_logits, DiceCELoss(), head, features, labels)
+    value, *gradients = results(defer_logits, loss_of(), head, features, labels)
     assert value.isnan()
     assert all(gradient.abs().max() == 0 for gradient in gradients)
 
 
 def test_all_ignored_is_zero_with_zero_gradient() -> None:
     head, (features, labels) = norm_head(), batch()
-    loss = DiceCELoss(ignore_label=IGNORE, weights=WEIGHTS, focal_gamma=2.0)
+    loss = loss_of(ignore_label=IGNORE, class_weights=WEIGHTS, focal_gamma=2.0)
     labels.fill_(IGNORE)
     value, *gradients = results(defer_logits, loss, head, features, labels)
     assert float(value) == 0
@@ -235,7 +236,7 @@ def test_all_ignored_is_zero_with_zero_gradient() -> None:
 @pytest.mark.parametrize("head", ["conv", "instance"])
 def test_autocast_computes_low_and_sums_in_float32(head, dtype) -> None:
     head, (features, labels) = HEADS[head]().float(), batch(dtype=torch.float32, ignored=0.2)
-    loss = DiceCELoss(ignore_label=IGNORE, focal_gamma=1.0)
+    loss = loss_of(ignore_label=IGNORE, focal_gamma=1.0)
     exact = results(defer_logits, loss, head, features, labels)
 
     def low(head, features):
@@ -266,7 +267,7 @@ def test_a_second_derivative_is_refused(deferred) -> None:
     features.requires_grad_()
     logits = defer_logits(head, features) if deferred else head(features)
     with pytest.raises(RuntimeError, match=r"no second derivative .* torch's own operators"):
-        torch.autograd.grad(DiceCELoss()(logits, labels), features, create_graph=True)
+        torch.autograd.grad(loss_of()(logits, labels), features, create_graph=True)
 
 
 def test_only_1x1_convolutions_are_heads() -> None:
@@ -284,7 +285,7 @@ def test_only_1x1_convolutions_are_heads() -> None:
 def test_shapes_are_refused_as_those_of_logits() -> None:
     head, (features, labels) = conv_head(), batch()
     with pytest.raises(GeometryError, match=r"logits \(2, 4, 5, 6, 7\) and labels \(2, 5, 6, 6\)"):
-        DiceCELoss()(defer_logits(head, features), labels[..., 1:])
+        loss_of()(defer_logits(head, features), labels[..., 1:])
 
 
 # torch's own compiler instantiates the function that it warns against instantiating
@@ -292,7 +293,7 @@ def test_shapes_are_refused_as_those_of_logits() -> None:
 @pytest.mark.parametrize("head", ["conv", "instance", "batch"])
 def test_compiles_without_a_break(head) -> None:
     head, (features, labels) = HEADS[head](), batch()
-    loss = DiceCELoss(weights=WEIGHTS, focal_gamma=2.0, ignore_label=IGNORE)
+    loss = loss_of(class_weights=WEIGHTS, focal_gamma=2.0, ignore_label=IGNORE)
     expected = results(lambda head, x: x, partial(_whole, head, loss), head, features, labels)
     torch._dynamo.reset()
     compiled = torch.compile(_whole, fullgraph=True, backend="aot_eager")
@@ -354,7 +355,7 @@ def config(**changes) -> NetworkConfig:
 )
 def test_traced_equals_measured_to_the_byte(network, deep, autocast) -> None:
     network, shape = network(), (2, 1, 8, 16, 16)
-    loss: nn.Module = DiceCELoss(ignore_label=IGNORE, focal_gamma=1.0)
+    loss: nn.Module = loss_of(ignore_label=IGNORE, focal_gamma=1.0)
     loss = DeepSupervisionLoss(loss) if deep else loss
     image, labels = torch.randn(shape), torch.zeros(2, 8, 16, 16, dtype=torch.uint8)
 
@@ -381,7 +382,7 @@ def test_takes_features_gradient_and_a_few_numbers_a_class(dtype) -> None:
     head = nn.Conv3d(channels, n_classes, 1).to(dtype)
     features, labels = batch((side,) * 3, dtype=dtype, channels=channels, classes=n_classes)
     features.requires_grad_()
-    loss = DiceCELoss(ignore_label=IGNORE)
+    loss = loss_of(ignore_label=IGNORE)
 
     def step() -> None:
         loss(defer_logits(head, features), labels).backward()
@@ -389,7 +390,7 @@ def test_takes_features_gradient_and_a_few_numbers_a_class(dtype) -> None:
     report = measure_peak(step)
     held = 2 * features.numel() * dtype.itemsize + labels.numel()
     held += sum(p.numel() * p.element_size() for p in head.parameters())
-    sums = 2 * class_sums.N_SUMS * n_classes * 8
+    sums = 2 * class_tiles.N_SUMS * n_classes * 8
     weights = 4 * (n_classes * (channels + 1)) + dtype.itemsize * n_classes * (channels + 1)
     logits = 2 * n_classes * side**3 * dtype.itemsize
     assert held < report.peak_bytes <= held + 8 * sums + weights < held + logits / 8
@@ -405,14 +406,14 @@ def test_scratch_is_a_few_tiles(n_classes, normed, monkeypatch: pytest.MonkeyPat
     bias, labels = torch.randn(n_classes), torch.zeros(1, n_voxels, dtype=torch.uint8)
     fold = (torch.ones(1, channels), torch.zeros(1, channels)) if normed else (None, None)
     given = (rows, weight, bias, *fold, 0.01, labels, IGNORE, 1.0)
-    slope = torch.ones(1, class_sums.N_SUMS, n_classes)
+    slope = torch.ones(1, class_tiles.N_SUMS, n_classes)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     voxels = class_sums.class_tile_length(rows, n_classes)
     assert 4 * voxels * max(n_classes, channels) <= class_sums.TILE_BYTES["cpu"]
     held = rows.nbytes + weight.nbytes + bias.nbytes + labels.nbytes
     # label, log p and five sums' values in two types; a class has a logit and a probability
     of_voxel = 96 + 2 * 4 * n_classes
-    few = 64 * class_sums.N_SUMS * n_classes * 8
+    few = 64 * class_tiles.N_SUMS * n_classes * 8
     of_strips = tiles.STRIPS * (weight.nbytes + 4 * n_classes + 8 * channels)
 
     forward = measure_peak(lambda: class_sums.head_sums._init_fn(*given)).peak_bytes - held
@@ -430,7 +431,7 @@ def test_a_training_step_is_the_same_in_each_memory_mode(norm) -> None:
     image, labels = torch.randn(2, 1, 4, 8, 8).double(), batch((4, 8, 8))[1]
     networks = [DenseUNet(config(memory=mode, norm=norm)).double() for mode in ("shared", "plain")]
     networks[1].load_state_dict(networks[0].state_dict())
-    loss = DeepSupervisionLoss(DiceCELoss())
+    loss = DeepSupervisionLoss(loss_of())
     values = []
     for network in networks:
         value = loss(network.for_loss(image), labels)
@@ -451,7 +452,7 @@ def test_logits_of_a_training_step_are_not_made() -> None:
         peaks[name] = trace_peak(
             module,
             (1, 1, 32, 32, 32),
-            loss=DiceCELoss(),
+            loss=loss_of(),
             label_shape=(1, 32, 32, 32),
             device="cpu",
         ).peak_bytes
@@ -475,7 +476,7 @@ def test_the_planner_traces_what_training_runs() -> None:
     training = trace_peak(
         ForLoss(DenseUNet(config(out_channels=118))),
         shape,
-        loss=DeepSupervisionLoss(DiceCELoss(ignore_label=118)),
+        loss=DeepSupervisionLoss(loss_of(ignore_label=118)),
         label_shape=(2, 32, 32, 32),
         label_dtype=torch.uint8,
         optimizer=partial(torch.optim.AdamW, lr=1e-3),

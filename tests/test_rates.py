@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 import effseg
 from effseg.errors import DataError, PlanError
-from effseg.losses import DiceCELoss
+from effseg.losses import CompoundLoss
 from effseg.plans import Plan
 from effseg.report import write_report
 from effseg.training import LearningRates, find_learning_rate, fit, train
@@ -71,14 +71,14 @@ def test_it_stops_where_the_loss_has_diverged(
 ) -> None:
     """The loss is ten times itself from step 24 on, and no number from step 28 on."""
     n_steps = [0]
-    forward = DiceCELoss.forward
+    forward = CompoundLoss.forward
 
     def diverging(self, logits, labels):
         n_steps[0] += 1
         factor = 1.0 if n_steps[0] < 24 else 10.0 if n_steps[0] < 28 else math.nan
         return forward(self, logits, labels) * factor
 
-    monkeypatch.setattr(DiceCELoss, "forward", diverging)
+    monkeypatch.setattr(CompoundLoss, "forward", diverging)
     found = find_learning_rate(tiny_plan, tiny_dataset, steps=50)
     assert 24 <= len(found.rates) < 28
 

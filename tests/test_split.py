@@ -6,7 +6,7 @@ import pytest
 import torch
 from two_stages import two_stages
 
-from effseg.losses import DiceCELoss, build_loss
+from effseg.losses import CompoundLoss, build_loss
 from effseg.memory import measure_peak
 from effseg.networks import build_network
 from effseg.planner.step import Flagship
@@ -70,7 +70,7 @@ def test_split_and_whole_steps_make_the_same_gradients() -> None:
     gradients = []
     for kind in (WholeBatch, SampleBySample):
         network.zero_grad()
-        step = kind(network, DiceCELoss())
+        step = kind(network, CompoundLoss())
         step.backward(step.loss(image, label))
         gradients.append([p.grad.clone() for p in network.parameters()])
     for whole, split in zip(*gradients, strict=True):

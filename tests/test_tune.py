@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import effseg
 from effseg.errors import MemoryBudgetError, PlanError
-from effseg.losses import DiceCELoss
+from effseg.losses import CompoundLoss
 from effseg.memory import trace_peak
 from effseg.planner import rates
 from effseg.planner.rates import Rates, machine_rates
@@ -68,7 +68,7 @@ def test_what_was_tuned_takes_what_was_said() -> None:
     again = trace_peak(
         network,
         (tuning.batch, 1, *tuning.patch),
-        loss=DiceCELoss(),
+        loss=CompoundLoss(),
         label_shape=(tuning.batch, *tuning.patch),
         label_dtype=torch.uint8,
         optimizer=torch.optim.AdamW,
@@ -144,7 +144,7 @@ TRAIN = """
 import sys, torch
 sys.path.insert(0, sys.argv[1])
 import effseg
-from effseg.losses import DiceCELoss
+from effseg.losses import CompoundLoss
 from effseg.memory import PeakResident
 from test_tune import UserNetwork
 
@@ -154,7 +154,7 @@ tuning = effseg.tune(
 )
 
 def train(network, patch, n_steps):
-    optimizer, loss = torch.optim.AdamW(network.parameters()), DiceCELoss()
+    optimizer, loss = torch.optim.AdamW(network.parameters()), CompoundLoss()
     for _ in range(n_steps):
         image = torch.randn(tuning.batch, 1, *patch)
         label = torch.randint(0, 2, (tuning.batch, *patch), dtype=torch.uint8)

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from effseg.errors import GeometryError, PlanError
 from effseg.kernels import DeferredLogits
-from effseg.losses.dice_ce import DiceCELoss
+from effseg.losses.compound import CompoundLoss
+from effseg.losses.scheduled import ScheduledLoss
 from effseg.losses.sums import Labels
 from effseg.types import Logits
 
@@ -41,28 +42,54 @@ class DeepSupervisionLoss(nn.Module):
             GeometryError: if there is no output, or a length of the labels is no multiple of an
                 output's.
         """
-        if len(outputs) == 0:
-            raise GeometryError("no outputs to supervise; expected logits, finest first")
-        return _weighted([self.loss(logits, _strided(labels, logits)) for logits in outputs])
+        _check_some(outputs)
+        if not isinstance(self.loss, CompoundLoss | ScheduledLoss):
+            return _weighted([self.loss(logits, _strided(labels, logits)) for logits in outputs])
+        loss = self.of_terms(self.terms(outputs, labels))
+        return loss if outputs[0].dtype == torch.float64 else loss.float()
 
     def terms(
         self, outputs: Sequence[Logits | DeferredLogits], labels: Labels
     ) -> Float64[Tensor, "batch outputs terms"]:
-        """All that the loss reads of each sample; see `DiceCELoss.terms`."""
-        rows = [self._summed.terms(logits, _strided(labels, logits)) for logits in outputs]
+        """All that the loss reads of each sample; see `CompoundLoss.terms`.
+
+        Raises:
+            GeometryError: as `forward` says.
+        """
+        _check_some(outputs)
+        close = self._summed.closeness(labels)
+        rows = [
+            self._summed.terms(
+                logits,
+                _strided(labels, logits),
+                None if close is None else _strided(close, logits),
+            )
+            for logits in outputs
+        ]
         return torch.stack(rows, dim=1)
 
     def of_terms(self, terms: Float64[Tensor, "batch outputs terms"]) -> Float64[Tensor, ""]:
         """The loss of a batch from the `terms` of all its samples, a scalar."""
-        return _weighted([self._summed.of_terms(rows) for rows in terms.unbind(1)])
+        return _weighted(
+            [
+                # only the finest output says how common classes are, once a step
+                self._summed.of_terms(rows, learn=index == 0)
+                for index, rows in enumerate(terms.unbind(1))
+            ]
+        )
 
     @property
-    def _summed(self) -> DiceCELoss:
-        if not isinstance(self.loss, DiceCELoss):
+    def _summed(self) -> CompoundLoss | ScheduledLoss:
+        if not isinstance(self.loss, CompoundLoss | ScheduledLoss):
             raise PlanError(
-                f"{type(self.loss).__name__} is no loss of sums over samples; expected DiceCELoss"
+                f"{type(self.loss).__name__} is no loss of sums over samples; expected CompoundLoss"
             )
         return self.loss
+
+
+def _check_some(outputs: Sequence[object]) -> None:
+    if len(outputs) == 0:
+        raise GeometryError("no outputs to supervise; expected logits, finest first")
 
 
 def _weighted(losses: Sequence[Tensor]) -> Tensor:

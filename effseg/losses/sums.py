@@ -1,7 +1,7 @@
-"""Five sums per class, from which overlap and likelihood losses are made, and their gradient.
+"""Sums per class, from which overlap and likelihood losses are made, and their gradient.
 
-Dice, Tversky, cross-entropy, focal loss and their kin read a network's output only through sums
-over voxels (`effseg.kernels.class_sums` names them). So a loss takes two passes over tiles of
+Dice, Jaccard, Tversky, cross-entropy, focal loss and their kin read a network's output only through
+sums over voxels (`effseg.kernels.class_tiles` names them). So a loss takes two passes over tiles of
 voxels: one adds the sums up; the loss is plain arithmetic on them; the other turns its slope on the
 sums into a gradient. Neither softmax nor one-hot of the whole batch ever exists.
 
@@ -11,20 +11,17 @@ tile at a time.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 import torch
-from jaxtyping import Float64, Integer
+from jaxtyping import Float64, Integer, UInt8
 from torch import Tensor
+from torch.nn.functional import pad
 
 from effseg.kernels import DeferredLogits, FoldedNorm, refuse_second_derivative
-from effseg.kernels.class_sums import (
-    N_SUMS,
-    head_sums,
-    head_sums_backward,
-    tile_gradient,
-    tile_sums,
-)
+from effseg.kernels.class_sums import head_sums, head_sums_backward
+from effseg.kernels.class_tiles import Counting, tile_gradient, tile_sums
 from effseg.kernels.norm import affine_combine, deferred_terms
 from effseg.kernels.tiles import accumulator_dtype
 from effseg.types import Logits
@@ -39,24 +36,27 @@ SMALLEST_CHUNK = 2**18
 def class_sums(
     logits: Logits | DeferredLogits,
     labels: Labels,
+    counting: Counting,
     *,
-    ignore_label: int | None,
-    focal_gamma: float = 0.0,
-) -> Float64[Tensor, "batch 5 classes"]:
-    """The five sums of each class and sample, differentiable once on what makes the logits.
+    closeness: UInt8[Tensor, " batch *space"] | None = None,
+) -> Float64[Tensor, "batch sums classes"]:
+    """The sums of each class and sample, differentiable once on what makes the logits.
 
     Args:
-        logits: (N, C, *S); any floating type, summed in float32 (float64 logits in float64).
+        logits: (N, C, *S); any floating type, summed in float32 (float64 logits in float64). One
+            channel z counts as two, (0, z), whose softmax is the sigmoid of z.
         labels: (N, *S); any integer type.
-        ignore_label: voxels with this label count nowhere and get no gradient.
-        focal_gamma: of the fifth sum, at least 0.
+        counting: which sums, in which order. Ignored voxels count nowhere and get no gradient.
+        closeness: to an edge of the label, (N, *S); with an `edge_weight`.
 
     Returns:
-        (N, 5, C): intersection, predicted, reference, log_likelihood, focal. All zero where every
-        voxel is ignored. A label that is neither a class nor ignored counts as predicted alone.
+        (N, sums, C). All zero where every voxel is ignored. A label that is neither a class nor
+        ignored counts as predicted alone.
     """
+    close = None if closeness is None else closeness.flatten(1)
     # torch leaves apply untyped
     if isinstance(logits, DeferredLogits):
+        logits = _two_channels(logits)
         norm = logits.norm
         fold = (None, None, None, None) if norm is None else _fold(norm)
         sums: Tensor = _HeadSums.apply(  # type: ignore[no-untyped-call]
@@ -67,14 +67,22 @@ def class_sums(
             None if norm is None else norm.n_values,
             0.0 if norm is None else norm.slope,
             labels.flatten(1),
-            ignore_label,
-            focal_gamma,
+            close,
+            counting,
         )
     else:
         sums = _ClassSums.apply(  # type: ignore[no-untyped-call]
-            logits, labels.flatten(1), ignore_label, focal_gamma
+            logits, labels.flatten(1), close, counting
         )
     return sums
+
+
+def _two_channels(logits: DeferredLogits) -> DeferredLogits:
+    """A head of one channel as one of two, whose first is 0."""
+    if logits.shape[1] > 1:
+        return logits
+    bias = None if logits.bias is None else pad(logits.bias, (1, 0))
+    return replace(logits, weight=pad(logits.weight, (0, 0, 1, 0)), bias=bias)
 
 
 def voxel_chunks(n_samples: int, n_classes: int, n_voxels: int) -> Iterator[tuple[int, slice]]:
@@ -95,34 +103,39 @@ class _ClassSums(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, labels: Tensor, ignore_label: int | None, focal_gamma: float
+        ctx: Any, logits: Tensor, labels: Tensor, closeness: Tensor | None, counting: Counting
     ) -> Tensor:
-        ctx.save_for_backward(logits, labels)
-        ctx.counting = {"ignore_label": ignore_label, "focal_gamma": focal_gamma}
+        ctx.save_for_backward(logits, labels, closeness)
+        ctx.counting = counting
         flat = logits.flatten(2)
-        sums = torch.zeros(
-            (logits.shape[0], N_SUMS, logits.shape[1]), dtype=torch.float64, device=logits.device
-        )
+        n_samples, n_channels, _ = flat.shape
+        shape = (n_samples, len(counting.names), max(2, n_channels))
+        sums = torch.zeros(shape, dtype=torch.float64, device=logits.device)
         for sample, voxels in voxel_chunks(*flat.shape):
             sums[sample] += tile_sums(
-                _wide(flat[sample, :, voxels]), labels[sample, voxels], **ctx.counting
+                _wide(flat[sample, :, voxels]),
+                labels[sample, voxels],
+                counting,
+                None if closeness is None else closeness[sample, voxels],
             )
         return sums
 
     @staticmethod
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None, None, None]:
         refuse_second_derivative(*SECOND_DERIVATIVE)
-        logits, labels = ctx.saved_tensors
+        logits, labels, closeness = ctx.saved_tensors
         slope = slope.to(accumulator_dtype(logits.dtype))
         flat = logits.flatten(2)
         gradient = torch.empty_like(flat)
         for sample, voxels in voxel_chunks(*flat.shape):
-            gradient[sample, :, voxels] = tile_gradient(
+            of_tile = tile_gradient(
                 _wide(flat[sample, :, voxels]),
                 labels[sample, voxels],
                 slope[sample],
-                **ctx.counting,
+                ctx.counting,
+                None if closeness is None else closeness[sample, voxels],
             )
+            gradient[sample, :, voxels] = of_tile[-flat.shape[1] :]
         return gradient.view(logits.shape), None, None, None
 
 
@@ -142,21 +155,33 @@ class _HeadSums(torch.autograd.Function):
         n_values: int | None,
         slope: float,
         labels: Tensor,
-        ignore_label: int | None,
-        focal_gamma: float,
+        closeness: Tensor | None,
+        counting: Counting,
     ) -> Tensor:
-        ctx.save_for_backward(rows, weight, bias, scale, shift, mean, rstd, labels)
-        ctx.n_values, ctx.slope = n_values, slope
-        ctx.ignore_label, ctx.focal_gamma = ignore_label, focal_gamma
+        ctx.save_for_backward(rows, weight, bias, scale, shift, mean, rstd, labels, closeness)
+        ctx.n_values, ctx.slope, ctx.counting = n_values, slope, counting
         sums: Tensor = head_sums(
-            rows, weight, bias, scale, shift, slope, labels, ignore_label, focal_gamma
+            rows,
+            weight,
+            bias,
+            scale,
+            shift,
+            slope,
+            labels,
+            counting.ignore_label,
+            counting.focal_gamma,
+            counting.one_vs_rest,
+            counting.squared,
+            counting.edge_weight,
+            closeness,
         )
         return sums
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative(*SECOND_DERIVATIVE)
-        rows, weight, bias, scale, shift, mean, rstd, labels = ctx.saved_tensors
+        rows, weight, bias, scale, shift, mean, rstd, labels, closeness = ctx.saved_tensors
+        counting = ctx.counting
         into, of_weight, of_bias, of_scale, of_shift = head_sums_backward(
             rows,
             weight,
@@ -165,9 +190,13 @@ class _HeadSums(torch.autograd.Function):
             shift,
             ctx.slope,
             labels,
-            ctx.ignore_label,
-            ctx.focal_gamma,
+            counting.ignore_label,
+            counting.focal_gamma,
             gradient,
+            counting.one_vs_rest,
+            counting.squared,
+            counting.edge_weight,
+            closeness,
         )
         if ctx.n_values is not None:
             # of xhat: scale is rstd times the gain
@@ -193,5 +222,6 @@ def _fold(norm: FoldedNorm) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _wide(logits: Tensor) -> Tensor:
-    """In the type that is summed in."""
-    return logits.to(accumulator_dtype(logits.dtype))
+    """Of two channels at least, in the type that is summed in."""
+    wide = logits.to(accumulator_dtype(logits.dtype))
+    return wide if len(wide) > 1 else pad(wide, (0, 0, 1, 0))

@@ -7,6 +7,7 @@ from pathlib import Path
 from effseg.errors import MemoryBudgetError, PlanError
 from effseg.memory import MemoryReport
 from effseg.planner.host import planned_loader_bytes, training_peak
+from effseg.planner.recipe import with_class_weights
 from effseg.planner.step import trace_plan
 from effseg.plans import Plan, format_bytes, format_shape
 
@@ -25,13 +26,15 @@ def check_plan(plan: Plan, *, source: str | Path = "plan") -> Plan:
         source: the plan's name in messages, its file for one.
 
     Returns:
-        The plan with the figures of the trace; the same one where they are its own. Where they
-        differ by more than a hundredth, a warning says so.
+        The plan with the figures of the trace, and numbers for class weights that it leaves to the
+        voxel shares; the same one where nothing changes. Where figures differ by more than a
+        hundredth, a warning says so.
 
     Raises:
         MemoryBudgetError: if the step takes more than the budget.
         PlanError: if no step can be made of the plan; a policy that names no stage for one.
     """
+    plan = with_class_weights(plan)
     planned = plan.memory
     least = _least_bytes(plan)
     if least > planned.budget_bytes:  # a step of a million samples would take hours to trace

@@ -10,6 +10,7 @@ from effseg.plans import (
     LossConfig,
     Normalisation,
     OptimizerConfig,
+    Plan,
     PostprocessConfig,
 )
 from effseg.postprocess import DEFAULT_FRACTION
@@ -70,6 +71,33 @@ def choose_loss(facts: Fingerprint) -> tuple[LossConfig, str]:
         f"cross-entropy, and Dice for each sample, so that a small component weighs as much as a "
         f"large one: {why}; {LESION_SMOOTH:g} voxels are added, so that false ones cost where "
         "there is nothing to find"
+    )
+
+
+def with_class_weights(plan: Plan) -> Plan:
+    """The plan with numbers where its losses ask for class weights from the voxel shares.
+
+    A class weighs the inverse of its share, so scaled that the mean voxel weighs 1; a label that
+    occurs nowhere weighs 1.
+    """
+    if all(loss.class_weights != "voxel_shares" for loss in plan.training.losses):
+        return plan
+    of_labels = [label.voxel_share for label in plan.fingerprint.labels]
+    shares = (max(0.0, 1 - sum(of_labels)), *of_labels)
+    weights = tuple(
+        float(f"{1 / (len(shares) * share):.4g}") if share > 0 else 1.0 for share in shares
+    )
+
+    def numbered(loss: LossConfig) -> LossConfig:
+        asked = loss.class_weights == "voxel_shares"
+        return loss.model_copy(update={"class_weights": weights}) if asked else loss
+
+    reason = "inverse voxel shares of the fingerprint's labels; the mean voxel weighs 1"
+    return plan.model_copy(
+        update={
+            "training": plan.training.with_losses(numbered),
+            "reasons": plan.reasons | {"class_weights": reason},
+        }
     )
 
 

@@ -185,13 +185,19 @@ def trace_plan(plan: Plan) -> MemoryReport:
     """The memory of a training step as a plan has it, module by module.
 
     Of a plan that lets frozen parts thaw, the step once all of them have: it takes most.
+    Of several losses on a schedule, that of the one whose step takes most.
 
     Raises:
         PlanError: if a policy names no stage of the network, or nothing in it may learn.
     """
+    reports = (_trace_loss(plan, loss) for loss in plan.training.losses)
+    return max(reports, key=lambda report: report.peak_bytes)
+
+
+def _trace_loss(plan: Plan, loss: LossConfig) -> MemoryReport:
     subject = Flagship(
         build_config=lambda *_: plan.network,
-        loss=plan.training.loss,
+        loss=loss,
         ignored=plan.ignores_voxels,
         precision=plan.precision,
         device=device_kind(plan.device),

@@ -8,7 +8,7 @@ from effseg.plans.augment import CHANGES, POLICIES, AugmentConfig, Policy
 from effseg.plans.config import Config, Heap
 from effseg.plans.fingerprint import ChannelFacts, Fingerprint, LabelFacts
 from effseg.plans.inference import InferenceConfig, PostprocessConfig
-from effseg.plans.loss import LossConfig
+from effseg.plans.loss import LossChange, LossConfig
 from effseg.plans.network import NetworkConfig
 from effseg.plans.optimizer import LookaheadConfig, OptimizerConfig, ScheduleConfig
 from effseg.plans.plan import Alternative, Channel, Label, Memory, Normalisation, Plan
@@ -31,6 +31,7 @@ __all__ = [
     "Label",
     "LabelFacts",
     "LookaheadConfig",
+    "LossChange",
     "LossConfig",
     "Memory",
     "NetworkConfig",

@@ -1,12 +1,14 @@
 """How long is trained, on what, from which samples."""
 
+from collections.abc import Callable
+from itertools import pairwise
 from typing import Any, Self
 
 from pydantic import Field, model_validator
 
 from effseg.plans.augment import AugmentConfig
 from effseg.plans.config import Config, Share
-from effseg.plans.loss import LossConfig
+from effseg.plans.loss import LossChange, LossConfig
 from effseg.plans.optimizer import OptimizerConfig
 from effseg.plans.start import StartConfig
 from effseg.plans.stopping import StoppingConfig
@@ -31,6 +33,9 @@ class TrainingConfig(Config):
     seed: int = Field(0, ge=0)
     start: StartConfig = StartConfig()
     loss: LossConfig = LossConfig()
+    loss_schedule: tuple[LossChange, ...] = Field(
+        (), description="losses that come later, each in place of the one before"
+    )
     optimizer: OptimizerConfig = OptimizerConfig()
     stopping: StoppingConfig = StoppingConfig()
     augment: AugmentConfig = AugmentConfig()
@@ -46,6 +51,25 @@ class TrainingConfig(Config):
             return rest
         stopping = {"kind": "patience", "patience": content["patience"], "cool_down": 0.0}
         return rest | {"stopping": stopping}
+
+    @property
+    def losses(self) -> tuple[LossConfig, ...]:
+        """In the order in which they are trained with."""
+        return (self.loss, *(change.loss for change in self.loss_schedule))
+
+    def with_losses(self, change: Callable[[LossConfig], LossConfig]) -> Self:
+        """The same with each loss changed."""
+        schedule = tuple(
+            later.model_copy(update={"loss": change(later.loss)}) for later in self.loss_schedule
+        )
+        return self.model_copy(update={"loss": change(self.loss), "loss_schedule": schedule})
+
+    @model_validator(mode="after")
+    def _changes_in_order(self) -> Self:
+        epochs = [c.from_epoch for c in self.loss_schedule if c.from_epoch is not None]
+        if any(later <= earlier for earlier, later in pairwise(epochs)):
+            raise ValueError(f"loss_schedule changes from epochs {epochs}; expected rising ones")
+        return self
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:

@@ -57,7 +57,10 @@ class Line:
 
 @dataclass(frozen=True)
 class Chart:
-    """Everything the template needs to draw one chart; `epochs` are the ticks along `axis`."""
+    """Everything the template needs to draw one chart; `epochs` are the ticks along `axis`.
+
+    `marks` are vertical lines where another loss came.
+    """
 
     title: str
     lines: tuple[Line, ...]
@@ -67,14 +70,18 @@ class Chart:
     best: Tick | None
     n_not_finite: int
     axis: str = "epoch"
+    marks: tuple[Tick, ...] = ()
 
 
-def draw_curves(columns: Columns, *, best_epoch: int | None = None) -> tuple[Chart, ...]:
+def draw_curves(
+    columns: Columns, *, best_epoch: int | None = None, switches: Sequence[int] = ()
+) -> tuple[Chart, ...]:
     """The loss and the Dice by epoch, with minutes along the top.
 
     Args:
         columns: of `metrics.csv`.
         best_epoch: marked with a vertical line.
+        switches: epochs from which another loss was minimised, marked likewise.
 
     Returns:
         The charts for which there is at least one finite value; none for no columns.
@@ -89,8 +96,15 @@ def draw_curves(columns: Columns, *, best_epoch: int | None = None) -> tuple[Cha
     mean = [("mean" if labels else "validation", "colour0", "validation_dice")]
     losses = [("training", "colour0", "loss"), ("validation", "colour1", "validation_loss")]
     charts = (
-        _chart("Loss", losses, columns, best_epoch=best_epoch, limits=None),
-        _chart("Dice", dice + mean, columns, best_epoch=best_epoch, limits=(0.0, 1.0)),
+        _chart("Loss", losses, columns, best_epoch=best_epoch, switches=switches, limits=None),
+        _chart(
+            "Dice",
+            dice + mean,
+            columns,
+            best_epoch=best_epoch,
+            switches=switches,
+            limits=(0.0, 1.0),
+        ),
     )
     return tuple(chart for chart in charts if chart is not None)
 
@@ -153,6 +167,7 @@ def _chart(
     columns: Columns,
     *,
     best_epoch: int | None,
+    switches: Sequence[int],
     limits: tuple[float, float] | None,
 ) -> Chart | None:
     found = [
@@ -207,6 +222,11 @@ def _chart(
             value is not None and not math.isfinite(value)
             for _, _, _, column in found
             for value in column
+        ),
+        marks=tuple(
+            Tick(across(epoch), f"loss {number}")
+            for number, epoch in enumerate(switches, start=2)
+            if first <= epoch <= last
         ),
     )
 

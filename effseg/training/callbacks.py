@@ -2,7 +2,7 @@
 
 import csv
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -15,9 +15,10 @@ from safetensors.torch import save_file
 
 import effseg
 from effseg.files import written_whole
+from effseg.losses import ScheduledLoss
 from effseg.networks.freezing import set_frozen
 from effseg.plans import Plan, StartConfig
-from effseg.record import RunMemory, RunRecord
+from effseg.record import LossSwitch, RunMemory, RunRecord
 from effseg.training.memory_watch import MemoryWatch
 from effseg.training.module import SegmentationModule
 from effseg.training.stopping import ExponentialMean
@@ -84,9 +85,12 @@ class MetricsLog(pl.Callback):  # type: ignore[misc]
         self.path = path
         self.watch = watch
         labels = [f"validation_dice_{label.name}" for label in plan.labels[1:]]
+        # only where there is a schedule: which of its losses this epoch had, from 0
+        scheduled = ("loss_stage",) if plan.training.loss_schedule else ()
         self.columns = (
             *("epoch", "step", "minutes", "learning_rate", "loss", "validation_loss"),
             *("validation_dice", *labels, "validation_voe", "peak_bytes", "predicted_peak_bytes"),
+            *scheduled,
         )
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: SegmentationModule) -> None:
@@ -107,6 +111,8 @@ class MetricsLog(pl.Callback):  # type: ignore[misc]
             "minutes": round(pl_module.clock.elapsed_seconds / 60, 4),
             "learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
         }
+        if isinstance(pl_module.loss, ScheduledLoss):
+            known["loss_stage"] = pl_module.loss.stage
         new = not self.path.exists()
         with self.path.open("a", newline="", encoding="utf-8") as file:
             table = csv.DictWriter(file, self.columns, extrasaction="ignore", restval="")
@@ -213,6 +219,7 @@ class RecordKeeper(pl.Callback):  # type: ignore[misc]
     validation: tuple[str, ...]
     best: BestWeights
     watch: MemoryWatch
+    switches: Sequence[LossSwitch] = ()
     notes: tuple[str, ...] = ()
     n_epochs: int = 0
     started: datetime = field(default_factory=lambda: datetime.now().replace(microsecond=0))
@@ -283,6 +290,7 @@ class RecordKeeper(pl.Callback):  # type: ignore[misc]
             ),
             events=tuple(pl_module.rescue.events),
             changes=tuple(pl_module.changes),
+            losses=tuple(self.switches),
             notes=self.notes,
         ).save(self.path)
 

@@ -29,6 +29,7 @@ from effseg.training.callbacks import (
     TrainingState,
 )
 from effseg.training.data import PatchData
+from effseg.training.loss_schedule import LossSchedule
 from effseg.training.memory_watch import MemoryWatch
 from effseg.training.module import SegmentationModule
 from effseg.training.rates import LearningRates, try_rates, with_rate
@@ -151,6 +152,7 @@ def train(
         plan.save(out / PLAN)
         stopping = plan.training.stopping
         best = BestWeights(out / WEIGHTS, stopping.smoothing)
+        schedule = LossSchedule(plan.training.loss_schedule)
         record = RecordKeeper(
             path=out / RECORD,
             plan=plan,
@@ -160,6 +162,7 @@ def train(
             validation=chosen.validation,
             best=best,
             watch=watch,
+            switches=schedule.switches,
             notes=notes,
         )
         callbacks: list[pl.Callback] = [
@@ -174,6 +177,8 @@ def train(
         ]
         if stopping.kind != "none":
             callbacks.append(EarlyStop(stopping))
+        if schedule.changes:
+            callbacks.append(schedule)
         if progress is not None:
             callbacks.append(ProgressReport(progress))
         with quiet_lightning():

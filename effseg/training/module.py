@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from effseg.errors import DataError, MemoryBudgetError
-from effseg.losses import DeepSupervisionLoss, build_loss
+from effseg.losses import DeepSupervisionLoss, build_losses
 from effseg.memory import apply_policy
 from effseg.networks import build_network
 from effseg.networks.freezing import freeze_for_start
@@ -86,8 +86,11 @@ class SegmentationModule(pl.LightningModule):  # type: ignore[misc]  # Lightning
         self.averaged.requires_grad_(requires_grad=False)
         # after the averages were copied: they never keep anything for backward
         apply_policy(self.network, plan.policies)
-        loss = build_loss(
-            plan.training.loss, ignore_label=self.ignore_index, n_classes=self.n_classes
+        loss = build_losses(
+            plan.training.losses,
+            ignore_label=self.ignore_index,
+            n_classes=self.n_classes,
+            spacing=plan.spacing,
         )
         self.loss = loss
         self.rescue = Rescue(

@@ -84,7 +84,7 @@ class Rescue:
 
         Args:
             closure: forward and backward; called again from the state before: random numbers,
-                buffers, no gradients.
+                buffers of network and loss, no gradients.
             epoch: from 0, for the record.
             step: from 0, for the record.
 
@@ -94,7 +94,7 @@ class Rescue:
         Raises:
             MemoryBudgetError: if there is nothing left to change.
         """
-        start = _Start.of(self.network)
+        start = _Start.of(self.network, self.batch_loss)
         while True:
             try:
                 return closure()
@@ -165,15 +165,16 @@ class Rescue:
 
 
 class _Start:
-    """A step's start: random numbers and the network's buffers."""
+    """A step's start: random numbers, and the buffers of network and loss."""
 
     def __init__(self, random: RandomState, buffers: dict[Tensor, Tensor]) -> None:
         self._random, self._buffers = random, buffers
 
     @classmethod
-    def of(cls, network: nn.Module) -> Self:
+    def of(cls, network: nn.Module, loss: BatchLoss) -> Self:
         device = next(network.parameters()).device
-        buffers = {buffer: buffer.clone() for buffer in network.buffers()}
+        modules = [network, *([loss] if isinstance(loss, nn.Module) else [])]
+        buffers = {buffer: buffer.clone() for module in modules for buffer in module.buffers()}
         return cls(RandomState.of(device), buffers)
 
     @torch.no_grad()

@@ -56,7 +56,7 @@ class WholeBatch:
 class SampleBySample:
     """One sample of a batch at a time: the memory of a batch of one, the numbers of the whole.
 
-    The loss reads a few sums of each sample (`DiceCELoss.terms`). Forward takes these without
+    The loss reads a few sums of each sample (`CompoundLoss.terms`). Forward takes these without
     gradients and makes the loss of the whole batch of them, Dice over the batch included. Backward
     runs each sample once more, with the slope of that loss on its sums. So a step takes two
     forwards. Dropout drops what it would drop of the whole batch. Only a network whose samples do

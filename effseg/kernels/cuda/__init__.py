@@ -11,7 +11,13 @@ from collections.abc import Callable
 from torch._library.custom_ops import CustomOpDef
 
 from effseg.kernels.class_sums import head_sums, head_sums_backward
-from effseg.kernels.cuda.dispatch import fits_head, fits_matrices, fits_rows, with_kernel
+from effseg.kernels.cuda.dispatch import (
+    fits_head,
+    fits_head_backward,
+    fits_matrices,
+    fits_rows,
+    with_kernel,
+)
 from effseg.kernels.norm import affine_combine, moments
 from effseg.kernels.pointwise import (
     activation_backward,
@@ -30,7 +36,7 @@ KERNELS: dict[CustomOpDef, Callable[..., bool]] = {
     affine_act_linear: fits_matrices,
     affine_act_linear_backward: fits_matrices,
     head_sums: fits_head,
-    head_sums_backward: fits_head,
+    head_sums_backward: fits_head_backward,
 }
 """Operators that have one, and for which arguments."""
 

@@ -1,11 +1,14 @@
-"""Kernels of `effseg.kernels.class_sums`: a block's logits and softmax stay in registers."""
+"""Kernels of `effseg.kernels.class_sums`: a block's logits and softmax stay in registers.
+
+For the five sums of a softmax alone; `dispatch.fits_head` leaves the rest to torch's operators.
+"""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from effseg.kernels.class_sums import N_SUMS
+from effseg.kernels.class_tiles import N_SUMS
 from effseg.kernels.cuda.blocks import LARGEST_CLASSES, Cut, block_of, cut_head, unit_of
 from effseg.kernels.cuda.launch import VARYING, dense, launch, precision_of, row_stride, strides
 from effseg.kernels.cuda.pointwise import activated, before_activation
@@ -21,6 +24,7 @@ def head_sums(
     labels: Tensor,
     ignore_label: int | None,
     focal_gamma: float,
+    *_: object,
 ) -> Tensor:
     """The sums of the logits: float32 within a block of voxels, float64 beyond."""
     n_samples, n_voxels, n_channels = rows.shape
@@ -61,6 +65,7 @@ def head_sums_backward(
     ignore_label: int | None,
     focal_gamma: float,
     gradient: Tensor,
+    *_: object,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Backward of `head_sums`; programs that share voxels each make their logits anew."""
     n_samples, n_voxels, n_channels = rows.shape

@@ -94,14 +94,34 @@ def fits_matrices(
     return _fit(features, _matrix_dtypes()) and weight.numel() > 0
 
 
-def fits_head(rows: Tensor, weight: Tensor, *others: object) -> bool:
-    """Whether `head_sums` or its backward has a kernel for these arguments."""
+def fits_head(
+    rows: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    slope: float,
+    labels: Tensor,
+    ignore_label: int | None,
+    focal_gamma: float,
+    one_vs_rest: bool = False,
+    squared: bool = False,
+    edge_weight: float = 0.0,
+    closeness: Tensor | None = None,
+) -> bool:
+    """Whether `head_sums` has a kernel for these arguments: of a softmax and the usual sums."""
     return (
-        rows.dtype in _matrix_dtypes()
+        not (one_vs_rest or squared or edge_weight)
+        and rows.dtype in _matrix_dtypes()
         and rows.numel() > 0
         and 0 < weight.shape[0] <= LARGEST_CLASSES
         and rows.shape[2] * rows.stride(2) <= LARGEST_INT
     )
+
+
+def fits_head_backward(*args: Any) -> bool:
+    """Whether `head_sums_backward` has one; its gradient comes tenth."""
+    return fits_head(*args[:9], *args[10:])
 
 
 def _matrix_dtypes() -> tuple[torch.dtype, ...]:

@@ -5,9 +5,9 @@ from typing import Any
 
 from torch import Tensor
 
-from effseg.kernels.class_sums import N_SUMS
+from effseg.kernels.class_tiles import N_SUMS
 from effseg.kernels.cuda.blocks import cut_backward, cut_head, cut_rows
-from effseg.kernels.cuda.dispatch import fits_head, fits_matrices, fits_rows
+from effseg.kernels.cuda.dispatch import fits_head, fits_head_backward, fits_matrices, fits_rows
 
 FLOAT, DOUBLE = 4, 8
 
@@ -78,5 +78,5 @@ PARTIALS: dict[str, tuple[Callable[..., bool], Callable[..., tuple[int, ...]]]] 
     "effseg::affine_act_linear": (fits_matrices, _none),
     "effseg::affine_act_linear_backward": (fits_matrices, _of_backward),
     "effseg::head_sums": (fits_head, _of_head),
-    "effseg::head_sums_backward": (fits_head, _of_head_backward),
+    "effseg::head_sums_backward": (fits_head_backward, _of_head_backward),
 }
