@@ -11,7 +11,7 @@ import pytest
 import torch
 from kernel_cases import OPERATORS, SIZES, TOLERANCE, arguments, assert_agree, copied, results
 
-from effseg.kernels.cuda import KERNELS, fits_head, fits_matrices, fits_rows
+from effseg.kernels.cuda import KERNELS, fits_head, fits_head_backward, fits_matrices, fits_rows
 from effseg.kernels.cuda.dispatch import triton_is_installed, with_kernel
 from effseg.networks import DenseBlock
 
@@ -107,6 +107,11 @@ def test_nothing_and_channels_apart_and_many_classes_have_no_kernel() -> None:
     assert not fits_matrices([rows, rows.transpose(1, 2)], row, row, weight, 0.0)
     assert fits_head(rows.transpose(1, 2), weight[:128])
     assert not fits_head(rows, weight)
+    for name, fits in (("head_sums", fits_head), ("head_sums_backward", fits_head_backward)):
+        given = arguments(name, "odd", torch.bfloat16)
+        assert fits(*given, False, False, 0.0, None)
+        for unusual in ((True, False, 0.0), (False, True, 0.0), (False, False, 1.0)):
+            assert not fits(*given, *unusual, None)
 
 
 @pytest.mark.gpu

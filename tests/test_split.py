@@ -29,10 +29,17 @@ def subject(loss: LossConfig) -> Flagship:
     )
 
 
-@pytest.mark.parametrize("over_batch", [True, False])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        LossConfig(),
+        LossConfig(dice_over_batch=False),
+        LossConfig(balanced=True, squared_dice_weight=1.0, edge_weight=1.0),
+    ],
+    ids=["usual", "by sample", "balanced, squared and weighed"],
+)
 @pytest.mark.parametrize("mode", ["plain", "shared"])
-def test_the_trace_of_split_steps_is_what_they_take(mode, over_batch) -> None:
-    loss = LossConfig(dice_over_batch=over_batch)
+def test_the_trace_of_split_steps_is_what_they_take(mode, loss) -> None:
     planned = subject(loss)
     traced = planned.trace(planned.network(PATCH, mode), PATCH, BATCH, split=True)
     network = build_network(config(mode))

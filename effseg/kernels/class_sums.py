@@ -10,13 +10,17 @@ Where torch is told to be deterministic every step is, on CUDA too.
 import torch
 from torch import Tensor
 
-from effseg.kernels.class_tiles import Counting, tile_gradient, tile_sums
+from effseg.kernels.class_tiles import N_SUMS, Counting, tile_gradient, tile_sums
 from effseg.kernels.pointwise import activated, slope_of
 from effseg.kernels.tiles import Tile, accumulator_dtype, by_row, each_tile, row_of, strips_of
 
 TILE_BYTES = {"cpu": 1 << 19, "cuda": 1 << 25}
 """Of a tile's logits, or of its features where they are wider: a core's cache holds both, and what
 is made of them."""
+
+UNUSUAL = 8
+"""How many times smaller a tile is on a card for sums that have no kernel there, and so are always
+taken by torch's operators, with up to eight tiles of temporaries."""
 
 
 @torch.library.custom_op("effseg::head_sums", mutates_args=())
@@ -57,7 +61,7 @@ def head_sums(
         (batch, sums, classes), in float64.
     """
     counting = Counting(ignore_label, focal_gamma, one_vs_rest, squared, edge_weight)
-    length = class_tile_length(rows, weight.shape[0])
+    length = class_tile_length(rows, weight.shape[0], usual=len(counting.names) == N_SUMS)
     n_strips = len(strips_of([rows], length=length))
     shape = (n_strips, len(counting.names), weight.shape[0])
     sums = torch.zeros(shape, dtype=torch.float64, device=rows.device)
@@ -145,7 +149,7 @@ def head_sums_backward(
     counting = Counting(ignore_label, focal_gamma, one_vs_rest, squared, edge_weight)
     dtype = accumulator_dtype(rows.dtype)
     slopes = gradient.to(dtype)
-    length = class_tile_length(rows, weight.shape[0])
+    length = class_tile_length(rows, weight.shape[0], usual=len(counting.names) == N_SUMS)
     n_strips = len(strips_of([rows], length=length))
     into = torch.empty_like(rows)
     weight_gradient = weight.new_zeros((n_strips, *weight.shape), dtype=dtype)
@@ -217,7 +221,14 @@ def _logits(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return logits.to(accumulator_dtype(features.dtype))
 
 
-def class_tile_length(rows: Tensor, n_classes: int) -> int:
-    """How many voxels: the wider of a tile's logits and features fills `TILE_BYTES` in float32."""
-    budget = TILE_BYTES["cpu" if rows.device.type == "cpu" else "cuda"]
+def class_tile_length(rows: Tensor, n_classes: int, *, usual: bool = True) -> int:
+    """How many voxels: the wider of a tile's logits and features fills `TILE_BYTES` in float32.
+
+    Args:
+        rows: the features.
+        n_classes: of the logits.
+        usual: whether the sums are those that have a kernel on a card.
+    """
+    on_cpu = rows.device.type == "cpu"
+    budget = TILE_BYTES["cpu" if on_cpu else "cuda"] // (1 if usual or on_cpu else UNUSUAL)
     return max(64, budget // (4 * max(n_classes, rows.shape[2])) // 64 * 64)

@@ -14,6 +14,7 @@ from effseg.memory import MemoryReport, Policy, apply_policy, recompute, trace_p
 from effseg.networks import DenseUNet, MemoryMode, build_network
 from effseg.networks.freezing import freeze_for_start, set_frozen
 from effseg.optimizers import build_optimizer
+from effseg.planner.recipe import with_class_weights
 from effseg.plans import Heap, LossConfig, NetworkConfig, OptimizerConfig, Plan
 from effseg.types import Shape3
 
@@ -190,6 +191,7 @@ def trace_plan(plan: Plan) -> MemoryReport:
     Raises:
         PlanError: if a policy names no stage of the network, or nothing in it may learn.
     """
+    plan = with_class_weights(plan)
     reports = (_trace_loss(plan, loss) for loss in plan.training.losses)
     return max(reports, key=lambda report: report.peak_bytes)
 

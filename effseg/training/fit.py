@@ -18,6 +18,7 @@ from effseg.files import name_places
 from effseg.ledger import check_parent, note_run
 from effseg.memory import heap_of
 from effseg.planner import check_plan
+from effseg.planner.recipe import with_class_weights
 from effseg.plans import Plan, Policy
 from effseg.record import METRICS, PLAN, RATES, RECORD, STOP, WEIGHTS
 from effseg.training.callbacks import (
@@ -246,7 +247,7 @@ def find_learning_rate(
 
 def _opened(plan: Plan | str | Path, dataset: Dataset | str | Path) -> tuple[Plan, Dataset]:
     return (
-        plan if isinstance(plan, Plan) else Plan.load(plan),
+        with_class_weights(plan if isinstance(plan, Plan) else Plan.load(plan)),
         dataset if isinstance(dataset, Dataset) else read_dataset(dataset),
     )
 

@@ -94,24 +94,13 @@ def fits_matrices(
     return _fit(features, _matrix_dtypes()) and weight.numel() > 0
 
 
-def fits_head(
-    rows: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    slope: float,
-    labels: Tensor,
-    ignore_label: int | None,
-    focal_gamma: float,
-    one_vs_rest: bool = False,
-    squared: bool = False,
-    edge_weight: float = 0.0,
-    closeness: Tensor | None = None,
-) -> bool:
-    """Whether `head_sums` has a kernel for these arguments: of a softmax and the usual sums."""
+def fits_head(rows: Tensor, weight: Tensor, *others: Any) -> bool:
+    """Whether `head_sums` has a kernel for these arguments: of a softmax and the usual sums.
+
+    Sigmoids, squares and an edge weight are its tenth to twelfth.
+    """
     return (
-        not (one_vs_rest or squared or edge_weight)
+        not any(others[7:10])
         and rows.dtype in _matrix_dtypes()
         and rows.numel() > 0
         and 0 < weight.shape[0] <= LARGEST_CLASSES
@@ -119,9 +108,9 @@ def fits_head(
     )
 
 
-def fits_head_backward(*args: Any) -> bool:
-    """Whether `head_sums_backward` has one; its gradient comes tenth."""
-    return fits_head(*args[:9], *args[10:])
+def fits_head_backward(rows: Tensor, weight: Tensor, *others: Any) -> bool:
+    """Whether `head_sums_backward` has one; its tenth argument is the gradient."""
+    return fits_head(rows, weight, *others[:7], *others[8:])
 
 
 def _matrix_dtypes() -> tuple[torch.dtype, ...]:
