@@ -24,6 +24,13 @@ FEATURES = (32, 64, 128, 256, 320, 320)
 BLOCKS = ((4, 32, 16), (6, 32, 16), (8, 64, 16), (12, 64, 16), (16, 64, 32))
 """Layers, channels of the input, growth rate."""
 Size = Literal["dense", "whole"]
+VARIANTS: dict[str, dict[str, object]] = {
+    "": {},
+    "linknet": {"decoder": "linknet"},
+    "pyramid": {"head": "pyramid"},
+    "residual": {"residual": True},
+}
+"""Of the network of effseg."""
 
 
 @dataclass(frozen=True)
@@ -69,11 +76,11 @@ def probe(n_layers: int, c0: int, growth_rate: int, scheme: Scheme) -> nn.Sequen
     )
 
 
-def flagship(memory: MemoryMode) -> nn.Module:
+def flagship(memory: MemoryMode, variant: str = "") -> nn.Module:
     """The network of effseg as the planner builds it for one isotropic image and one label."""
     facts = made_up_facts(FULL_SIDE)
     stages = stages_for(facts.shapes[0], facts.spacings[0])
-    return build_network(network_config(facts, stages, memory))
+    return build_network(network_config(facts, stages, memory, options=VARIANTS[variant]))
 
 
 def nnunet(kind: Literal["plain", "residual"]) -> nn.Module:
@@ -171,6 +178,14 @@ def _flagship_cases() -> list[Case]:
     return [Case("effseg", mode, lambda mode=mode: flagship(mode), batch=2) for mode in modes]
 
 
+def _variant_cases(variant: str) -> list[Case]:
+    modes: tuple[MemoryMode, ...] = ("plain", "shared")
+    return [
+        Case(f"effseg-{variant}", mode, lambda mode=mode: flagship(mode, variant), batch=2)
+        for mode in modes
+    ]
+
+
 OTHERS: dict[str, Callable[[], nn.Module]] = {
     "MONAI-SegResNet": lambda: nets.SegResNet(
         spatial_dims=3, init_filters=32, in_channels=1, out_channels=N_CLASSES
@@ -191,6 +206,7 @@ CASES: dict[str, list[Case]] = {
         *(_with_compiled(_block_cases(*shape)) for shape in BLOCKS),
         *(_with_compiled(_reference_cases(name)) for name in LAYOUTS),
         _with_compiled(_flagship_cases()),
+        *(_variant_cases(variant) for variant in VARIANTS if variant),
         *([Case(name, "plain", build, batch=2)] for name, build in OTHERS.items()),
     )
 }

@@ -13,72 +13,22 @@ from torch import Tensor, nn
 
 from effseg.errors import GeometryError
 from effseg.kernels import DeferredLogits
-from effseg.networks.dense_block import DenseBlock
 from effseg.networks.head import defer_logits
 from effseg.networks.pointwise import NormActConv
+from effseg.networks.stages import (
+    Down,
+    Level,
+    LinkUp,
+    ResidualDense,
+    Up,
+    dense_block,
+    project,
+    whole_eights,
+)
 from effseg.plans import NetworkConfig
 from effseg.types import Features, Logits, Shape3
 
 Answer = TypeVar("Answer")
-
-
-class Down(nn.Module):
-    """Norm, activation, 1x1 convolution, then the mean over each stride's box of voxels.
-
-    The mean is taken by reshaping, which is deterministic on every device; average pooling is not
-    on CUDA, and CPU autocast would run it in float32.
-    """
-
-    def __init__(
-        self, in_channels: int, out_channels: int, stride: Shape3, config: NetworkConfig
-    ) -> None:
-        super().__init__()
-        self.project = _project(in_channels, out_channels, config)
-        self.stride = stride
-
-    def forward(self, features: Features) -> Features:
-        """(N, in, *S) -> (N, out, *S / stride)."""
-        x = self.project(features).movedim(1, -1)
-        n, *space, channels = x.shape
-        boxes = [
-            part for size, s in zip(space, self.stride, strict=True) for part in (size // s, s)
-        ]
-        result: Tensor = x.reshape(n, *boxes, channels).mean((2, 4, 6)).movedim(-1, 1)
-        return result
-
-
-class Up(nn.Module):
-    """Join coarse features and a skip: (coarse, skip) -> (N, out, *skip's space).
-
-    The coarse features pass through norm, activation and a transposed convolution whose kernel is
-    its stride, written as a 1x1 convolution and a reordering; the skip through norm, activation
-    and a 1x1 convolution; the two are added.
-    """
-
-    def __init__(
-        self,
-        coarse_channels: int,
-        skip_channels: int,
-        out_channels: int,
-        stride: Shape3,
-        config: NetworkConfig,
-    ) -> None:
-        super().__init__()
-        self.project = _project(
-            coarse_channels, out_channels * stride[0] * stride[1] * stride[2], config
-        )
-        self.skip = _project(skip_channels, out_channels, config)
-        self.stride = stride
-
-    def forward(self, coarse: Features, skip: Features) -> Features:
-        """Run both branches and add them."""
-        x = self.project(coarse).movedim(1, -1)
-        n, d, h, w, _ = x.shape
-        a, b, c = self.stride
-        x = x.reshape(n, d, h, w, a, b, c, -1).permute(0, 1, 4, 2, 5, 3, 6, 7)
-        x = x.reshape(n, d * a, h * b, w * c, -1).movedim(-1, 1)
-        result: Tensor = self.skip(skip) + x
-        return result
 
 
 class DenseUNet(nn.Module):
@@ -86,6 +36,10 @@ class DenseUNet(nn.Module):
 
     Forward: (N, in_channels, z, y, x) -> logits (N, out_channels, z, y, x); with deep supervision
     and in training mode, a list of logits, the finest first, one for each stage of the decoder.
+
+    With a "pyramid" head the heads read sums of all stages' features from the coarsest to their
+    own, `stem_channels` wide. At full resolution a training step takes one such sum and its
+    gradient more than with a plain head. `residual` and the decoder's ways: see `stages`.
 
     Raises:
         GeometryError: in forward, if the space is not a multiple of the total stride.
@@ -105,26 +59,37 @@ class DenseUNet(nn.Module):
         self.down, self.encoder = nn.ModuleList(), nn.ModuleList()
         self.up, self.decoder, self.heads = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
 
-        width, skips = config.stem_channels, []
+        self.pyramid = nn.ModuleList()
+
+        build_block = ResidualDense if config.residual else dense_block
+        width = wide = config.stem_channels
+        skips: list[tuple[int, int]] = []  # what leaves a stage, and how wide its dense block is
         for i, n_layers in enumerate(config.encoder_layers):
             if i > 0:
-                narrow = _compressed(width, config)
+                narrow = whole_eights(wide * config.compression)
                 self.down.append(Down(width, narrow, config.strides[i], config))
                 width = narrow
-            block = _block(width, n_layers, config.kernels[i], config)
+            wide = width + n_layers * config.growth_rate
+            block = build_block(width, n_layers, config.kernels[i], config)
             self.encoder.append(block)
             width = block.out_channels
-            skips.append(width)
+            skips.append((width, wide))
+        self._add_level(width, None)
         for i in reversed(range(len(config.decoder_layers))):
-            narrow = _compressed(skips[i], config)
-            self.up.append(Up(width, skips[i], narrow, config.strides[i + 1], config))
-            block = _block(narrow, config.decoder_layers[i], config.kernels[i], config)
+            stride, (skip, wide) = config.strides[i + 1], skips[i]
+            narrow = whole_eights(wide * config.compression)
+            if config.decoder == "linknet":
+                narrow = min(narrow, skip)  # a skip that is no wider is added as it is
+            up = LinkUp if config.decoder == "linknet" else Up
+            self.up.append(up(width, skip, narrow, stride, config))
+            block = build_block(narrow, config.decoder_layers[i], config.kernels[i], config)
             self.decoder.append(block)
             width = block.out_channels
+            self._add_level(width, stride)
             if i == 0 or config.deep_supervision:
-                self.heads.append(_head(width, config))
+                self._add_head(width)
         if not config.decoder_layers:
-            self.heads.append(_head(width, config))
+            self._add_head(width)
         for module in self.modules():
             if isinstance(module, nn.Conv3d):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
@@ -160,13 +125,23 @@ class DenseUNet(nn.Module):
             skips.append(features)
         supervise = self.config.deep_supervision and self.training
         answers: list[Answer] = []
-        skips.pop()
+        level = self.pyramid[0](skips.pop()) if self.pyramid else skips.pop()
         for i, (up, block) in enumerate(zip(self.up, self.decoder, strict=True)):
             features = block(up(features, skips.pop()))
+            level = self.pyramid[i + 1](features, level) if self.pyramid else features
             if supervise and i + 1 < len(self.decoder):
-                answers.append(answer(self._head(i), features))
-        answers.append(answer(self._head(-1), features))
+                answers.append(answer(self._head(i), level))
+        answers.append(answer(self._head(-1), level))
         return answers[::-1] if supervise else answers[0]
+
+    def _add_level(self, width: int, stride: Shape3 | None) -> None:
+        if self.config.head == "pyramid":
+            self.pyramid.append(Level(width, self.config.stem_channels, stride, self.config))
+
+    def _add_head(self, width: int) -> None:
+        if self.config.head == "pyramid":
+            width = self.config.stem_channels
+        self.heads.append(project(width, self.config.out_channels, self.config, bias=True))
 
     def _head(self, index: int) -> NormActConv:
         head = self.heads[index]
@@ -185,46 +160,3 @@ class DenseUNet(nn.Module):
                 f"input of {tuple(image.shape[2:])} voxels; each length must be a multiple of the "
                 f"network's total stride {stride}: pad the patch"
             )
-
-
-def build_network(config: NetworkConfig) -> DenseUNet:
-    """The network that a configuration describes, with fresh weights."""
-    return DenseUNet(config)
-
-
-def _compressed(width: int, config: NetworkConfig) -> int:
-    """Channels kept between stages, in whole eights: what vector units and tensor cores like."""
-    return max(8, round(width * config.compression / 8) * 8)
-
-
-def _project(in_channels: int, out_channels: int, config: NetworkConfig) -> NormActConv:
-    return NormActConv(
-        in_channels, out_channels, norm=config.norm, act=config.act, memory=config.memory
-    )
-
-
-def _head(in_channels: int, config: NetworkConfig) -> NormActConv:
-    return NormActConv(
-        in_channels,
-        config.out_channels,
-        norm=config.norm,
-        act=config.act,
-        bias=True,
-        memory=config.memory,
-    )
-
-
-def _block(
-    in_channels: int, n_layers: int, kernel_size: Shape3, config: NetworkConfig
-) -> DenseBlock:
-    return DenseBlock(
-        in_channels,
-        config.growth_rate,
-        n_layers,
-        bottleneck=config.bottleneck,
-        norm=config.norm,
-        act=config.act,
-        dropout=config.dropout,
-        memory=config.memory,
-        kernel_size=kernel_size,
-    )

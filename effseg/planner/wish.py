@@ -2,10 +2,16 @@
 
 import math
 from bisect import bisect_left
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
+
+from pydantic import ValidationError
 
 from effseg.devices import DeviceKind, Precision
+from effseg.errors import PlanError
+from effseg.files import name_places
 from effseg.networks import MemoryMode
 from effseg.planner.geometry import Stages, shrinking_patches
 from effseg.planner.rates import Rates, nominal_rates
@@ -26,11 +32,20 @@ BOTTLENECK = 2
 ENCODER_LAYERS = (1, 2, 4, 4, 4, 4)
 DECODER_LAYERS = (1, 2, 2, 2, 2)
 """Few layers at full resolution, where each costs most: context comes from the coarse stages."""
+OPTIONS = (
+    *("decoder", "head", "residual", "deep_supervision", "norm", "act", "dropout"),
+    *("stem_channels", "growth_rate", "bottleneck", "compression"),
+)
+"""Of the network, what may be asked for; the rest follows from patch, data and budget."""
 
 
 @dataclass(frozen=True)
 class Wish:
-    """What is asked of the search, whatever the size of the network."""
+    """What is asked of the search, whatever the size of the network.
+
+    Attributes:
+        options: of the network, in place of what is usual.
+    """
 
     facts: Fingerprint
     spacing: Spacing
@@ -40,6 +55,7 @@ class Wish:
     device: DeviceKind
     budget_bytes: int
     rates: Rates
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property
     def stages(self) -> dict[Shape3, Stages]:
@@ -62,6 +78,7 @@ class Wish:
                 ignored=self.facts.ignore_label is not None,
                 precision=self.precision,
                 device=self.device,
+                can_split=self.options.get("norm") != "batch",
             ),
             patches=[patch for patch in self.stages if math.prod(patch) >= wanted],
             budget_bytes=self.budget_bytes,
@@ -73,7 +90,7 @@ class Wish:
 
     def config(self, patch: Shape3, mode: MemoryMode, scale: Scale) -> NetworkConfig:
         """Of the flagship for patches of this size."""
-        return network_config(self.facts, self.stages[patch], mode, scale)
+        return network_config(self.facts, self.stages[patch], mode, scale, options=self.options)
 
 
 def sized(wish: Wish) -> tuple[Scale, Answer]:
@@ -100,12 +117,21 @@ def sized(wish: Wish) -> tuple[Scale, Answer]:
 
 
 def network_config(
-    facts: Fingerprint, stages: Stages, memory: MemoryMode, scale: Scale | None = None
+    facts: Fingerprint,
+    stages: Stages,
+    memory: MemoryMode,
+    scale: Scale | None = None,
+    *,
+    options: Mapping[str, Any] | None = None,
 ) -> NetworkConfig:
-    """The flagship for these stages; of size b0 where no scale is given."""
+    """The flagship for these stages; of size b0 where no scale is given.
+
+    Raises:
+        PlanError: if an option is none of `OPTIONS`, or its value cannot be.
+    """
     n = len(stages.strides)
     scale = scale or scale_of(SIZES[0])
-    return NetworkConfig(
+    usual = NetworkConfig(
         in_channels=len(facts.channels),
         out_channels=1 + len(facts.labels),
         stem_channels=scale.channels(STEM_CHANNELS),
@@ -117,3 +143,10 @@ def network_config(
         kernels=stages.kernels,
         memory=memory,
     )
+    options = options or {}
+    if unknown := sorted(set(options) - set(OPTIONS)):
+        raise PlanError(f"network option {unknown[0]!r}; expected one of {', '.join(OPTIONS)}")
+    try:
+        return NetworkConfig.model_validate(usual.model_dump() | dict(options))
+    except ValidationError as error:
+        raise PlanError(f"network option {name_places(error, what='network')}") from error

@@ -9,7 +9,7 @@ from effseg.plans.config import Config, Heap
 from effseg.plans.fingerprint import ChannelFacts, Fingerprint, LabelFacts
 from effseg.plans.inference import InferenceConfig, PostprocessConfig
 from effseg.plans.loss import LossChange, LossConfig
-from effseg.plans.network import NetworkConfig
+from effseg.plans.network import ImportedNetwork, NetworkConfig, PlannedNetwork
 from effseg.plans.optimizer import LookaheadConfig, OptimizerConfig, ScheduleConfig
 from effseg.plans.plan import Alternative, Channel, Label, Memory, Normalisation, Plan
 from effseg.plans.sizes import format_bytes, format_shape, parse_bytes, total_stride
@@ -27,6 +27,7 @@ __all__ = [
     "Config",
     "Fingerprint",
     "Heap",
+    "ImportedNetwork",
     "InferenceConfig",
     "Label",
     "LabelFacts",
@@ -39,6 +40,7 @@ __all__ = [
     "OptimizerConfig",
     "Plan",
     "Policy",
+    "PlannedNetwork",
     "PostprocessConfig",
     "ScheduleConfig",
     "StartConfig",
