@@ -177,27 +177,56 @@ def name_places(error: ValidationError, *, what: str, kind: type[BaseModel] | No
         said = entry["msg"].removeprefix("Value error, ")
         if entry["type"] == "extra_forbidden":
             said = "no such key" + _did_you_mean(entry["loc"], kind)
-        place = ".".join(str(part) for part in entry["loc"]) or what
+        place = ".".join(_keys(entry["loc"], kind)) or what
         named.append(f"{place}: {said}{_got(entry.get('input'))}")
     more = error.error_count() - len(named)
     return "; ".join(named) + (f"; and {more} more" if more > 0 else "")
 
 
-def _did_you_mean(place: tuple[int | str, ...], kind: Any) -> str:
+def _keys(place: tuple[int | str, ...], kind: type[BaseModel] | None) -> list[str]:
+    """A place as it is found in the document: without what tells one of several models."""
+    return [str(part) for part, is_key in _walk(place, kind)[0] if is_key]
+
+
+def _did_you_mean(place: tuple[int | str, ...], kind: type[BaseModel] | None) -> str:
     """The key most like the last of a place, among those that the model there has."""
-    for part in place[:-1]:
-        if isinstance(part, str) and kind is not None:
-            field = kind.model_fields.get(part)
-            kind = None if field is None else _model_in(field.annotation)
-    near = () if kind is None else get_close_matches(str(place[-1]), kind.model_fields, n=1)
+    _, models = _walk(place[:-1], kind)
+    known = models[0].model_fields if len(models) == 1 else ()
+    near = get_close_matches(str(place[-1]), known, n=1)
     return f", did you mean {near[0]}" if near else ""
 
 
-def _model_in(annotation: Any) -> type[BaseModel] | None:
-    """The model in an annotation such as `tuple[Label, ...]`."""
+def _walk(
+    place: tuple[int | str, ...], kind: type[BaseModel] | None
+) -> tuple[list[tuple[int | str, bool]], list[type[BaseModel]]]:
+    """Follow a place into a model: which parts of it are keys, and the models that may be there.
+
+    Where one of several models may stand pydantic names the `kind` of the one that did, after the
+    key.
+    """
+    parts: list[tuple[int | str, bool]] = []
+    models = [] if kind is None else [kind]
+    for part in place:
+        told = [model for model in models if len(models) > 1 and _kind_of(model) == part]
+        parts.append((part, not told))
+        if told:
+            models = told
+        elif isinstance(part, str):
+            fields = [model.model_fields[part] for model in models if part in model.model_fields]
+            models = _models_in(fields[0].annotation) if fields else []
+    return parts, models
+
+
+def _kind_of(model: type[BaseModel]) -> Any:
+    field = model.model_fields.get("kind")
+    return None if field is None else next(iter(get_args(field.annotation)), None)
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    """The models in an annotation such as `tuple[Label, ...]`."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return next((found for part in get_args(annotation) if (found := _model_in(part))), None)
+        return [annotation]
+    return [model for part in get_args(annotation) for model in _models_in(part)]
 
 
 def _got(value: Any) -> str:

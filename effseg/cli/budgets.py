@@ -49,11 +49,7 @@ def describe(outcome: "Plan | MemoryBudgetError") -> dict[str, str]:
         "batch": str(outcome.batch_size),
         "context, voxels": f"{math.prod(outcome.patch_size):,}",
         "context, mm": " x ".join(f"{side:.0f}" for side in sides),
-        "network": (
-            f"{len(network.strides)} stages, "
-            f"{sum(network.encoder_layers) + sum(network.decoder_layers)} layers of "
-            f"{network.growth_rate}"
-        ),
+        "network": network.words,
         "precision": outcome.precision,
         "policies": _policies(outcome),
         "predicted peak": format_bytes(memory.peak_bytes),

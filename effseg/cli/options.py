@@ -1,8 +1,9 @@
 """Arguments and options that several verbs take."""
 
+import json
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -53,3 +54,38 @@ NetworkSize = Annotated[
     Size | None,
     typer.Option("--size", help="of the network; else: what fits the budget", metavar="b0..b7"),
 ]
+NetworkName = Annotated[
+    str | None,
+    typer.Option(
+        "--network",
+        help="one of MONAI's, monai:SegResNet, or a function (in_channels, out_channels, ...) of a "
+        "module that Python finds; else: effseg's own",
+        metavar="MODULE:NAME",
+    ),
+]
+NetworkOptions = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--network-option",
+        help="of the network, init_filters=16 or decoder=linknet; may be given several times",
+        metavar="KEY=VALUE",
+    ),
+]
+
+
+def network_options(given: list[str] | None) -> dict[str, Any]:
+    """Options by name; a value is JSON where it is some, else text.
+
+    Raises:
+        BadParameter: if one is no KEY=VALUE, or a key comes twice.
+    """
+    options: dict[str, Any] = {}
+    for one in given or []:
+        key, equals, text = one.partition("=")
+        if not (key and equals) or key in options:
+            raise typer.BadParameter(f"--network-option {one}; expected KEY=VALUE, each key once")
+        try:
+            options[key] = json.loads(text)
+        except ValueError:
+            options[key] = text
+    return options

@@ -1,15 +1,26 @@
 """`effseg plan`, for one budget or for several side by side."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from effseg.cli.budgets import Compared, print_budgets
 from effseg.cli.console import console
 from effseg.cli.failures import NO_RESOURCES
-from effseg.cli.options import Augment, AugmentPolicy, DatasetPath, Device, NetworkSize, Size
+from effseg.cli.options import (
+    Augment,
+    AugmentPolicy,
+    DatasetPath,
+    Device,
+    NetworkName,
+    NetworkOptions,
+    NetworkSize,
+    Size,
+    network_options,
+)
 from effseg.cli.plan_tables import print_plan
 from effseg.cli.progress import bar
 from effseg.errors import MemoryBudgetError
@@ -19,6 +30,17 @@ if TYPE_CHECKING:
     from effseg.plans import Fingerprint, Plan
 
 PLAN = Path("plan.json")
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a plan is asked for beside its budget; None: what the planner takes."""
+
+    device: str | None = None
+    size: Size | None = None
+    network: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    augment: AugmentPolicy | None = None
 
 
 def plan(
@@ -37,32 +59,34 @@ def plan(
     ] = None,
     device: Device = None,
     size: NetworkSize = None,
+    network: NetworkName = None,
+    options: NetworkOptions = None,
     augment: Augment = None,
 ) -> None:
     """Look at every case once and plan a training that fits the budget."""
     budgets = memory.split(",")
+    wanted = Wanted(
+        device=device,
+        size=size,
+        network=network,
+        options=network_options(options),
+        augment=augment,
+    )
     if len(budgets) > 1:
         if out is not None:
             raise typer.BadParameter(
                 f"--out {out} beside {len(budgets)} budgets, which are compared and not written; "
                 "give one --memory to write a plan"
             )
-        compare(dataset, budgets, device=device, size=size, augment=augment)
+        compare(dataset, budgets, wanted)
         return
-    made = planned(dataset, memory, device=device, size=size, augment=augment)
+    made = planned(dataset, memory, wanted)
     path = made.save(out or PLAN)
     print_plan(made)
     console.print(f"[green]plan[/] {path}", soft_wrap=True)
 
 
-def compare(
-    dataset: Path,
-    budgets: Sequence[str],
-    *,
-    device: str | None,
-    size: Size | None,
-    augment: AugmentPolicy | None,
-) -> None:
+def compare(dataset: Path, budgets: Sequence[str], wanted: Wanted) -> None:
     """Plan for each budget from one look at the data, and print the plans side by side.
 
     Raises:
@@ -84,9 +108,7 @@ def compare(
         for number, budget in enumerate(budgets):
             advance(number, budget)
             try:
-                made: Plan | MemoryBudgetError = _plan(
-                    facts, budget, device=device, size=size, augment=augment
-                )
+                made: Plan | MemoryBudgetError = _plan(facts, budget, wanted)
             except MemoryBudgetError as error:
                 made = error
             compared.append(Compared(budget, made))
@@ -95,22 +117,13 @@ def compare(
         raise typer.Exit(NO_RESOURCES)
 
 
-def planned(
-    dataset: "Path | Dataset",
-    memory: str,
-    *,
-    device: str | None,
-    size: Size | None,
-    augment: AugmentPolicy | None,
-) -> "Plan":
+def planned(dataset: "Path | Dataset", memory: str, wanted: Wanted) -> "Plan":
     """A plan, with a bar while the cases are read."""
     with bar("reading") as advance:
         return _plan(
             dataset,
             memory,
-            device=device,
-            size=size,
-            augment=augment,
+            wanted,
             progress=lambda done, total, name: advance(done / total, name),
         )
 
@@ -118,21 +131,20 @@ def planned(
 def _plan(
     dataset: "Path | Dataset | Fingerprint",
     memory: str,
+    wanted: Wanted,
     *,
-    device: str | None,
-    size: Size | None,
-    augment: AugmentPolicy | None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> "Plan":
     from effseg.planner import plan as make_plan
 
-    chosen = None if size is None else size.value
     return make_plan(
         dataset,
         memory=memory,
-        device=device,
-        size=chosen,
-        augment="default" if augment is None else augment.value,
+        size=None if wanted.size is None else wanted.size.value,
+        network=wanted.network,
+        network_options=wanted.options,
+        device=wanted.device,
+        augment="default" if wanted.augment is None else wanted.augment.value,
         progress=progress,
     )
 

@@ -7,9 +7,18 @@ import typer
 
 from effseg.cli.console import console, plain
 from effseg.cli.evaluation import print_scores
-from effseg.cli.options import Augment, Device, Memory, NetworkSize, OptionalDataset
+from effseg.cli.options import (
+    Augment,
+    Device,
+    Memory,
+    NetworkName,
+    NetworkOptions,
+    NetworkSize,
+    OptionalDataset,
+    network_options,
+)
 from effseg.cli.plan_tables import print_plan
-from effseg.cli.planning import planned
+from effseg.cli.planning import Wanted, planned
 from effseg.cli.progress import bar, training_bars
 from effseg.errors import PlanError
 
@@ -32,6 +41,8 @@ def train(
     devices: Annotated[int, typer.Option("--devices", help="processes that share the work")] = 1,
     seed: Annotated[int | None, typer.Option("--seed", help="of weights and patches")] = None,
     size: NetworkSize = None,
+    network: NetworkName = None,
+    options: NetworkOptions = None,
     augment: Augment = None,
     init_from: Annotated[
         Path | None,
@@ -67,14 +78,23 @@ def train(
         raise typer.BadParameter("give DATASET and --out RUN, or --resume RUN")
     if (plan is None) == (memory is None):
         raise typer.BadParameter("give --plan PLAN or --memory SIZE, one of the two")
-    if plan is not None and size is not None:
-        raise typer.BadParameter("--size is for plans that are made here; a --plan has its own")
+    wanted = Wanted(
+        device=device,
+        size=size,
+        network=network,
+        options=network_options(options),
+        augment=augment,
+    )
+    given = {"--size": size, "--network": network, "--network-option": options}
+    if plan is not None and any(given.values()):
+        name = next(name for name, value in given.items() if value)
+        raise typer.BadParameter(f"{name} is for plans that are made here; a --plan has its own")
     found = read_dataset(dataset)
     if plan is not None:
         made = _loaded(plan, device)
     else:
         assert memory is not None
-        made = planned(found, memory, device=device, size=size, augment=augment)
+        made = planned(found, memory, wanted)
     print_plan(made)
     with training_bars(len(found.cases)) as (preparing, progress):
         run = training.train(

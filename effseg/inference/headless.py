@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from effseg.memory import trace_forward
-from effseg.networks import NormActConv
+from effseg.networks import NormActConv, finest
 from effseg.resample import AffineHead
 
 logger = logging.getLogger("effseg")
@@ -112,12 +112,6 @@ def find_headless(network: nn.Module, input_shape: Sequence[int]) -> Headless | 
         headless.conv.out_channels,
     )
     return headless
-
-
-def finest(output: Any) -> Tensor:
-    """A network's logits; of several, the first."""
-    logits: Tensor = output[0] if isinstance(output, list | tuple) else output
-    return logits
 
 
 class _Witness(nn.Module):

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from effseg.devices import AUTOCAST, Precision
 from effseg.errors import MemoryBudgetError
 from effseg.inference.frontier import Frontier
-from effseg.inference.headless import Blend, finest
+from effseg.inference.headless import Blend
 from effseg.inference.windows import SweptImage
+from effseg.networks import finest
 from effseg.types import Slices3
 
 logger = logging.getLogger("effseg")

@@ -16,7 +16,7 @@ from effseg.errors import CheckpointError, PlanError
 from effseg.inference.headless import Headless, find_headless
 from effseg.inference.pace import Pace
 from effseg.inference.tracing import traced_pass_bytes
-from effseg.networks import build_network
+from effseg.networks import build_network, own_state
 from effseg.plans import Plan
 from effseg.record import PLAN, WEIGHTS
 
@@ -101,7 +101,7 @@ def load_run(folder: str | Path) -> Run:
         state = load_file(weights)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{weights}: cannot be read ({error}); train again") from error
-    expected = network.state_dict()
+    expected = own_state(network)
     for name, tensor in expected.items():
         if name not in state:
             raise CheckpointError(f"{weights}: no tensor {name}, which {PLAN}'s network has")
@@ -113,7 +113,7 @@ def load_run(folder: str | Path) -> Run:
     extra = sorted(set(state) - set(expected))
     if extra:
         raise CheckpointError(f"{weights}: tensor {extra[0]} is not in {PLAN}'s network")
-    network.load_state_dict(state)
+    network.load_state_dict(state, strict=False)  # names agree; see own_state
     return Run(folder=folder, plan=plan, network=network.eval())
 
 

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from effseg.devices import DeviceKind
-from effseg.inference.headless import finest
 from effseg.memory import trace_forward
 from effseg.memory.host_workspace import HOST_BYTES
+from effseg.networks import finest
 
 
 def traced_pass_bytes(

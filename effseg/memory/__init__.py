@@ -6,7 +6,7 @@ tensors with the same tracker. `resident_bytes` and its like ask the operating s
 `apply_policy` makes a training step of any network take less.
 """
 
-from effseg.memory.choice import choose_policy, outermost_stages
+from effseg.memory.choice import choose_policy, outermost_parts, outermost_stages
 from effseg.memory.cuda_workspace import CudaCard, bytes_beyond_allocator
 from effseg.memory.free import Free, free_bytes, parse_budget, shared_bytes
 from effseg.memory.heap import give_back_memory, heap_of, mapped_blocks
@@ -34,6 +34,7 @@ __all__ = [
     "heap_of",
     "mapped_blocks",
     "measure_peak",
+    "outermost_parts",
     "outermost_stages",
     "parse_budget",
     "peak_resident_bytes",

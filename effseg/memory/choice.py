@@ -89,6 +89,16 @@ def outermost_stages(network: nn.Module, report: MemoryReport) -> list[str]:
     return stages
 
 
+def outermost_parts(network: nn.Module) -> list[str]:
+    """The outermost modules that are worth a policy, by path, in the network's order.
+
+    Of one that is never called (`nn.ModuleList`) its parts; none that is a single operator of
+    torch.
+    """
+    first = {module: path for path, module in network.named_modules()}
+    return list(dict.fromkeys(first[module] for module in _parts(network)))
+
+
 def _least_recomputed(
     saved: Mapping[str, int], missing: Callable[[dict[str, Policy]], int], lack: int
 ) -> dict[str, Policy]:
@@ -159,20 +169,22 @@ def _levels(network: nn.Module, saved: dict[str, int]) -> Iterator[dict[str, int
     def weight(path: str) -> int:
         return sum(n for part, n in saved.items() if f"{part}.".startswith(f"{path}."))
 
-    def parts(module: nn.Module) -> Iterator[nn.Module]:
-        for part in module.children():
-            if not can_run(part):
-                yield from parts(part)
-            # a single operator of torch saves its input, as its recomputation would
-            elif not type(part).__module__.startswith("torch.nn.modules") or any(part.children()):
-                yield part
-
-    level = list(parts(network))
+    level = list(_parts(network))
     while level:
         weights = {first[module]: weight(first[module]) for module in level}
         stages = [path for path in weights if weights[path] >= least]
         if stages:
             yield {path: weights[path] for path in sorted(stages, key=lambda path: -weights[path])}
         level = [
-            part for module in level if weights[first[module]] >= least for part in parts(module)
+            part for module in level if weights[first[module]] >= least for part in _parts(module)
         ]
+
+
+def _parts(module: nn.Module) -> Iterator[nn.Module]:
+    """The outermost modules within that are called."""
+    for part in module.children():
+        if not can_run(part):
+            yield from _parts(part)
+        # a single operator of torch saves its input, as its recomputation would
+        elif not type(part).__module__.startswith("torch.nn.modules") or any(part.children()):
+            yield part

@@ -9,7 +9,7 @@ from effseg.memory import MemoryReport
 from effseg.planner.host import planned_loader_bytes, training_peak
 from effseg.planner.recipe import with_class_weights
 from effseg.planner.step import trace_plan
-from effseg.plans import Plan, format_bytes, format_shape
+from effseg.plans import NetworkConfig, Plan, format_bytes, format_shape
 
 logger = logging.getLogger("effseg")
 
@@ -80,7 +80,9 @@ def retrace_plan(plan: Plan) -> MemoryReport:
 def _least_bytes(plan: Plan) -> int:
     """What lives at once in any step: the images, and the first block's features in half floats."""
     network = plan.network
-    features = network.stem_channels + network.encoder_layers[0] * network.growth_rate
+    features = 0  # of a network of others nothing is known but by its trace
+    if isinstance(network, NetworkConfig):
+        features = network.stem_channels + network.encoder_layers[0] * network.growth_rate
     voxels = plan.batch_size * math.prod(plan.patch_size)
     return voxels * (4 * network.in_channels + 2 * features)
 

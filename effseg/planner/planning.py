@@ -1,15 +1,19 @@
 """From a fingerprint and a budget to a plan, every number with its reason."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from effseg.dataset import Dataset, read_dataset
 from effseg.devices import device_kind
-from effseg.errors import MemoryBudgetError
+from effseg.errors import MemoryBudgetError, PlanError
 from effseg.memory import MemoryReport, parse_budget
+from effseg.networks import maker_of
 from effseg.planner import reasons
 from effseg.planner.facts import Progress, fingerprint
 from effseg.planner.geometry import median_shape, target_spacing
 from effseg.planner.host import planned_loader_bytes, training_peak
+from effseg.planner.imported import imported_network, search_imported, why_imported
 from effseg.planner.machine import choose_device, choose_precision
 from effseg.planner.rates import machine_rates
 from effseg.planner.recipe import (
@@ -33,6 +37,7 @@ from effseg.plans import (
     Memory,
     OptimizerConfig,
     Plan,
+    PlannedNetwork,
     Policy,
     TrainingConfig,
     format_bytes,
@@ -45,6 +50,8 @@ def plan(
     *,
     memory: str | int,
     size: str | None = None,
+    network: str | None = None,
+    network_options: Mapping[str, Any] | None = None,
     device: str | None = None,
     augment: Policy = "default",
     progress: Progress | None = None,
@@ -57,6 +64,10 @@ def plan(
             "auto": what is free, less a margin.
         size: of the network, "b0" to "b7"; None: the largest that fits and is quick once a patch
             shows the median case, else b0.
+        network: "module:name" of a class or a function that makes a network, called with
+            in_channels and out_channels; "monai:SegResNet" is MONAI's. None: effseg's own.
+        network_options: what else it is called with; of effseg's own fields of `NetworkConfig`,
+            {"decoder": "linknet", "head": "pyramid", "residual": True} for one.
         device: "cpu" or "cuda", which need not be here; None: CUDA where torch sees it.
         augment: the policy, by name, that training patches are changed by.
         progress: called after each case that is read.
@@ -65,10 +76,15 @@ def plan(
         The plan; `plan.reasons` says why each choice was made.
 
     Raises:
-        PlanError: if the budget is no size, or the size or the device are unknown.
+        PlanError: if the budget is no size, the size or the device are unknown, or the network
+            cannot be made, traced or has no such option.
         MemoryBudgetError: if nothing fits; says what would.
         DataError: if a case cannot be used.
     """
+    if network is not None and size is not None:
+        raise PlanError(f"size {size!r} beside network {network!r}; sizes are of effseg's own")
+    if network is not None:
+        maker_of(network)  # refuses what is not there before any case is read
     device, why_device = choose_device(device)
     kind = device_kind(device)
     budget, why_budget = parse_budget(memory, device)
@@ -91,12 +107,17 @@ def plan(
         device=kind,
         budget_bytes=budget,
         rates=machine_rates(kind, precision),
+        options={} if network is not None else network_options or {},
     )
-    if size is None:
-        scale, answer = sized(wish)
+    config: PlannedNetwork
+    if network is not None:
+        config = imported_network(network, network_options or {}, facts)
+        answer, why_network = search_imported(wish, config), why_imported(config)
     else:
-        scale = scale_of(size)
-        answer = wish.search(scale).run()
+        scale = None if size is None else scale_of(size)
+        scale, answer = sized(wish) if scale is None else (scale, wish.search(scale).run())
+        config = wish.config(answer.step.patch, answer.step.mode, scale)
+        why_network = reasons.why_network(config, scale)
     step = answer.step
     rule, why_rule = choose_postprocess(facts)
     rate, why_rate = learning_rate(step.batch)
@@ -106,14 +127,13 @@ def plan(
         Label(value=0, name="background"),
         *(Label(value=label.value, name=label.name) for label in facts.labels),
     )
-    config = wish.config(step.patch, step.mode, scale)
     said = {
         "device": why_device,
         "precision": why_precision,
         "spacing": why_spacing,
         "patch_size": reasons.why_patch(answer, median, wish),
         "batch_size": reasons.why_batch(answer, wish),
-        "network": reasons.why_network(config, scale),
+        "network": why_network,
         "budget": why_budget,
         "memory": reasons.why_memory(step, budget),
         "recompute": reasons.why_recompute(step),

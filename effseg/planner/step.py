@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from effseg.devices import AUTOCAST, DeviceKind, Precision, device_kind
+from effseg.errors import PlanError
 from effseg.losses import DeepSupervisionLoss, build_loss
 from effseg.memory import MemoryReport, Policy, apply_policy, recompute, trace_peak
-from effseg.networks import DenseUNet, MemoryMode, build_network
+from effseg.networks import MemoryMode, build_network, for_loss, why_whole
 from effseg.networks.freezing import freeze_for_start, set_frozen
 from effseg.optimizers import build_optimizer
 from effseg.planner.recipe import with_class_weights
-from effseg.plans import Heap, LossConfig, NetworkConfig, OptimizerConfig, Plan
+from effseg.plans import Heap, LossConfig, OptimizerConfig, Plan, PlannedNetwork
 from effseg.types import Shape3
 
 HOST_SLACK = 1.1
@@ -84,18 +85,21 @@ class Subject(Protocol):
 
 @dataclass(frozen=True)
 class Flagship:
-    """A `DenseUNet` in training as `effseg train` runs it.
+    """A network in training as `effseg train` runs it.
 
     Attributes:
-        build_config: its configuration for patches of a size, with a memory mode.
+        build_config: its configuration for patches of a size, with a memory mode; what goes in and
+            comes out is the same for all.
         loss: its configuration.
         ignored: whether voxels may be ignored.
         precision: of the step.
         device: whose rules to follow.
         optimizer: its configuration.
+        modes: of the network's memory.
+        can_split: whether samples may go through the network one after the other.
     """
 
-    build_config: Callable[[Shape3, MemoryMode], NetworkConfig]
+    build_config: Callable[[Shape3, MemoryMode], PlannedNetwork]
     loss: LossConfig
     ignored: bool
     precision: Precision
@@ -104,8 +108,8 @@ class Flagship:
     modes: tuple[MemoryMode, ...] = field(default=("plain", "shared"))
     can_split: bool = True
 
-    def network(self, patch: Shape3, mode: MemoryMode) -> DenseUNet:
-        """The network for patches of this size; its weights hold nothing."""
+    def network(self, patch: Shape3, mode: MemoryMode) -> nn.Module:
+        """The network for patches of this size; the weights of ours hold nothing."""
         with torch.device("meta"):
             return build_network(self.build_config(patch, mode))
 
@@ -113,17 +117,17 @@ class Flagship:
         self, network: nn.Module, patch: Shape3, batch: int, *, split: bool = False
     ) -> MemoryReport:
         """The memory of a step, modules named from the network on."""
-        assert isinstance(network, DenseUNet)
-        n_classes = network.config.out_channels
+        config = self.build_config(patch, self.modes[-1])
+        n_classes = config.out_channels
         loss: Any = build_loss(
             self.loss, ignore_label=n_classes if self.ignored else None, n_classes=n_classes
         )
-        if network.config.deep_supervision:
+        if config.deep_supervision:
             loss = DeepSupervisionLoss(loss)
         runner = _SampleBySample(network, loss) if split else _WholeBatch(network, loss)
         report = trace_peak(
             runner,
-            (batch, network.config.in_channels, *patch),
+            (batch, config.in_channels, *patch),
             loss=type(runner).loss,
             label_shape=(batch, *patch),
             label_dtype=torch.uint8,
@@ -141,14 +145,14 @@ class Flagship:
 class _WholeBatch(nn.Module):
     """A network as a step of training runs it; gives itself and what the loss reads."""
 
-    def __init__(self, network: DenseUNet, batch_loss: nn.Module) -> None:
+    def __init__(self, network: nn.Module, batch_loss: nn.Module) -> None:
         super().__init__()
         self.network = network
         self.batch_loss = batch_loss
 
     def forward(self, image: Tensor) -> tuple[Self, Any]:
         """What `loss` takes."""
-        return self, self.network.for_loss(image)
+        return self, for_loss(self.network, image)
 
     @staticmethod
     def loss(output: tuple[Any, Any], labels: Tensor) -> Tensor:
@@ -171,7 +175,7 @@ class _SampleBySample(_WholeBatch):
         runner, images = output
 
         def terms(image: Tensor, label: Tensor) -> Tensor:
-            rows: Tensor = runner.batch_loss.terms(runner.network.for_loss(image), label)
+            rows: Tensor = runner.batch_loss.terms(for_loss(runner.network, image), label)
             return rows
 
         rows = [
@@ -189,7 +193,8 @@ def trace_plan(plan: Plan) -> MemoryReport:
     Of several losses on a schedule, that of the one whose step takes most.
 
     Raises:
-        PlanError: if a policy names no stage of the network, or nothing in it may learn.
+        PlanError: if a policy names no stage of the network, nothing in it may learn, or samples
+            are to go one after the other through one that needs them all.
     """
     plan = with_class_weights(plan)
     reports = (_trace_loss(plan, loss) for loss in plan.training.losses)
@@ -210,6 +215,11 @@ def _trace_loss(plan: Plan, loss: LossConfig) -> MemoryReport:
     freeze_for_start(network, start)
     for stage in start.thaw:
         set_frozen(network, stage.parts, frozen=False)
+    why_not = why_whole(network) if plan.sample_by_sample else None
+    if why_not is not None:
+        raise PlanError(
+            f"sample_by_sample is true, but a batch cannot be split: {why_not}; set it to false"
+        )
     apply_policy(network, plan.policies)
     return subject.trace(network, plan.patch_size, plan.batch_size, split=plan.sample_by_sample)
 

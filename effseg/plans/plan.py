@@ -12,7 +12,7 @@ from effseg.files import load_model, write_text_whole
 from effseg.plans.config import Config, Heap, Positive3, PositiveSpacing
 from effseg.plans.fingerprint import Fingerprint
 from effseg.plans.inference import InferenceConfig
-from effseg.plans.network import NetworkConfig
+from effseg.plans.network import NetworkConfig, PlannedNetwork
 from effseg.plans.training import TrainingConfig
 
 
@@ -98,7 +98,7 @@ class Plan(Config):
     batch_size: int = Field(ge=1)
     precision: Precision = "float32"
     device: str = "cpu"
-    network: NetworkConfig
+    network: PlannedNetwork
     policies: dict[str, Literal["keep", "recompute", "offload"]] = Field(
         default_factory=dict, description="of stages of the network, by module path"
     )
@@ -142,7 +142,8 @@ class Plan(Config):
             raise ValueError(f"labels have value {twice[0]} twice; each needs one of its own")
         if self.ignore_label in values:
             raise ValueError(f"ignore_label {self.ignore_label} is also a label to predict")
-        if self.sample_by_sample and self.network.norm == "batch":
+        norm = self.network.norm if isinstance(self.network, NetworkConfig) else None
+        if self.sample_by_sample and norm == "batch":
             raise ValueError("sample_by_sample is true; batch norm needs a batch as a whole")
         stride = self.network.total_stride
         if any(p % s for p, s in zip(self.patch_size, stride, strict=True)):

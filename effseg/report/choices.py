@@ -21,6 +21,11 @@ ALWAYS = (
     "network.growth_rate",
     "network.strides",
     "network.memory",
+    "network.decoder",
+    "network.head",
+    "network.residual",
+    "network.build",
+    "network.arguments",
     "training.minutes",
     "training.epochs",
 )

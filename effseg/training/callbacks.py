@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 import effseg
 from effseg.files import written_whole
 from effseg.losses import ScheduledLoss
+from effseg.networks import own_state
 from effseg.networks.freezing import set_frozen
 from effseg.plans import Plan, StartConfig
 from effseg.record import LossSwitch, RunMemory, RunRecord
@@ -165,7 +166,7 @@ class BestWeights(pl.Callback):  # type: ignore[misc]
             return
         self._best_mean = mean
         self.best_score, self.best_epoch = score, trainer.current_epoch
-        state = pl_module.averaged.module.state_dict()
+        state = own_state(pl_module.averaged.module)
         with written_whole(self.path) as partial:
             save_file({name: tensor.cpu().contiguous() for name, tensor in state.items()}, partial)
 

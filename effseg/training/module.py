@@ -16,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 from effseg.errors import DataError, MemoryBudgetError
 from effseg.losses import DeepSupervisionLoss, build_losses
 from effseg.memory import apply_policy
-from effseg.networks import build_network
+from effseg.networks import build_network, finest
 from effseg.networks.freezing import freeze_for_start
 from effseg.optimizers import build_optimizer
 from effseg.plans import Plan
@@ -227,7 +227,7 @@ class SegmentationModule(pl.LightningModule):  # type: ignore[misc]  # Lightning
         """Count hits, predictions and references of each class."""
         del batch_idx
         image, label = batch
-        logits = self.averaged(image)
+        logits = finest(self.averaged(image))
         self.validation_losses.append(self.loss(logits, label).float())
         guess = logits.argmax(dim=1)
         valid = label < self.n_classes

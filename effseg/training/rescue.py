@@ -14,11 +14,10 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 
 from effseg.errors import MemoryBudgetError
-from effseg.memory import apply_policy, give_back_memory, stage_policies
-from effseg.networks import DenseUNet
+from effseg.memory import apply_policy, give_back_memory, outermost_parts, stage_policies
+from effseg.networks import DenseUNet, why_whole
 from effseg.record import RunEvent
 from effseg.training.step import BatchLoss, RandomState, SampleBySample, Step, WholeBatch
 
@@ -71,7 +70,7 @@ class Rescue:
     """
 
     def __init__(
-        self, network: DenseUNet, batch_loss: BatchLoss, *, batch_size: int, split: bool = False
+        self, network: nn.Module, batch_loss: BatchLoss, *, batch_size: int, split: bool = False
     ) -> None:
         self.network = network
         self.batch_loss = batch_loss
@@ -135,9 +134,13 @@ class Rescue:
         policies = stage_policies(self.network)
         offloaded = [path for path, policy in policies.items() if policy == "offload"]
         stages = (
-            f"{name}.{part}"
-            for name in STAGES
-            for part, _ in self.network.get_submodule(name).named_children()
+            [
+                f"{name}.{part}"
+                for name in STAGES
+                for part, _ in self.network.get_submodule(name).named_children()
+            ]
+            if isinstance(self.network, DenseUNet)
+            else outermost_parts(self.network)
         )
         return [
             path
@@ -147,15 +150,13 @@ class Rescue:
         ]
 
     def _may_split(self) -> bool:
-        return self.batch_size > 1 and not any(
-            isinstance(part, BatchNorm1d | BatchNorm2d | BatchNorm3d)
-            for part in self.network.modules()
-        )
+        return self.batch_size > 1 and why_whole(self.network) is None
 
     def _refusal(self, asked: str, step: int) -> str:
         tried = [event.changed.removeprefix(LASTING) for event in self.events[:-1]]
         if not self._may_split():
-            why = "the batch is one sample" if self.batch_size == 1 else "batch norm needs it whole"
+            one = "the batch is one sample"
+            why = one if self.batch_size == 1 else why_whole(self.network)
             tried.append(f"the batch cannot be split: {why}")
         return (
             f"step {step} ran out of memory ({asked}) and nothing is left to change"

@@ -3,9 +3,9 @@
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from effseg.networks import DenseUNet, one_of_batch
+from effseg.networks import for_loss, one_of_batch
 from effseg.types import Features
 
 
@@ -40,13 +40,13 @@ class Step(Protocol):
 class WholeBatch:
     """All samples of a batch at once, as torch does it."""
 
-    def __init__(self, network: DenseUNet, batch_loss: BatchLoss) -> None:
+    def __init__(self, network: nn.Module, batch_loss: BatchLoss) -> None:
         self.network = network
         self.batch_loss = batch_loss
 
     def loss(self, image: Features, label: Tensor) -> Tensor:
         """Forward and loss."""
-        return self.batch_loss(self.network.for_loss(image), label)
+        return self.batch_loss(for_loss(self.network, image), label)
 
     def backward(self, loss: Tensor) -> None:
         """As autograd does it."""
@@ -63,7 +63,7 @@ class SampleBySample:
     not see each other gives the same numbers so: instance norm, not batch norm.
     """
 
-    def __init__(self, network: DenseUNet, batch_loss: BatchLoss) -> None:
+    def __init__(self, network: nn.Module, batch_loss: BatchLoss) -> None:
         self.network = network
         self.batch_loss = batch_loss
         self._pending: _Pending | None = None
@@ -101,7 +101,7 @@ class SampleBySample:
     def _terms(self, pending: "_Pending", index: int) -> Tensor:
         image, label = (part[index, None] for part in (pending.image, pending.label))
         pending.random.restore()
-        return self.batch_loss.terms(self.network.for_loss(image), label)
+        return self.batch_loss.terms(for_loss(self.network, image), label)
 
 
 class _Pending:
