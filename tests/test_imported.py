@@ -3,6 +3,7 @@
 import json
 import logging
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,10 @@ from effseg.inference import load_run, predict
 from effseg.memory import stage_policies
 from effseg.networks import DenseUNet, build_network, own_state, why_whole
 from effseg.planner import check_plan, fingerprint, plan, trace_plan
-from effseg.plans import Fingerprint, ImportedNetwork, Plan
+from effseg.planner.rates import Rates
+from effseg.planner.search import Search
+from effseg.planner.step import Flagship
+from effseg.plans import Fingerprint, ImportedNetwork, LossConfig, Plan
 from effseg.report import write_report
 from effseg.training import train
 from effseg.training.module import SegmentationModule
@@ -165,6 +169,46 @@ def test_what_makes_no_network_is_refused(facts: Fingerprint, network, options, 
     with pytest.raises(PlanError, match=words) as caught:
         plan(facts, memory="1GiB", device="cpu", network=network, network_options=options)
     assert "\n" not in str(caught.value)
+
+
+def test_few_stages_are_recomputed_where_samples_go_one_after_the_other() -> None:
+    patch, rates = (24, 24, 24), Rates(flops=1e10, bytes=1e10, operators=1e5, why="made up")
+    config = ImportedNetwork(
+        kind="imported",
+        build="monai:SegResNet",
+        arguments=SEGRESNET,
+        in_channels=1,
+        out_channels=2,
+        stride=2,
+    )
+    search = Search(
+        subject=Flagship(
+            build_config=lambda *_: config,
+            loss=LossConfig(),
+            ignored=False,
+            precision="float32",
+            device="cpu",
+            modes=("plain",),
+        ),
+        patches=[patch],
+        budget_bytes=2**40,
+        device="cpu",
+        rates=rates,
+        beside_bytes=lambda _: 0,
+        smallest_batch=6,
+        largest_batch=6,
+    )
+    stages = ("down_layers.0", "down_layers.1", "up_layers.0", "conv_final")
+    kept, all_of_them = (
+        search.step(patch, 6, "plain", policies, split=True).report.device_bytes
+        for policies in ({}, dict.fromkeys(stages, "recompute"))
+    )
+    assert all_of_them < kept
+    budget = int(1.03 * (0.7 * kept + 0.3 * all_of_them))
+    step = replace(search, budget_bytes=budget).run().step
+    assert step.split
+    assert 0 < len(step.policies) < len(stages)
+    assert step.peak_bytes * 1.03 <= budget
 
 
 def test_options_of_our_own_network_are_planned_for(facts: Fingerprint) -> None:

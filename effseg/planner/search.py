@@ -313,6 +313,10 @@ class Search:
             batch = self.smallest_batch
             report = self.subject.trace(candidate, patch, batch, split=rung.split)
             steps.append(self._weigh(patch, batch, rung, {}, report))
+            if rung.split and len(steps) == 1:
+                # in backward one sample at a time is saved, which that step's forward does not show
+                alone = self.subject.trace(candidate, patch, 1)
+                report = replace(report, timeline=alone.timeline)
             return replace(report, peak_bytes=steps[-1].peak_bytes)
 
         policies = choose_policy(
