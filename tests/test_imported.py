@@ -215,6 +215,7 @@ def test_options_of_our_own_network_are_planned_for(facts: Fingerprint) -> None:
     options = {"decoder": "linknet", "head": "pyramid", "residual": True}
     made = plan(facts, memory="1GiB", size="b0", device="cpu", network_options=options)
     assert options.items() <= made.network.model_dump().items()
+    assert "decoder linknet, as asked" in made.reasons["network"]
     assert trace_plan(made).saved_bytes == made.memory.saved_bytes
 
 

@@ -117,7 +117,7 @@ def plan(
         scale = None if size is None else scale_of(size)
         scale, answer = sized(wish) if scale is None else (scale, wish.search(scale).run())
         config = wish.config(answer.step.patch, answer.step.mode, scale)
-        why_network = reasons.why_network(config, scale)
+        why_network = reasons.why_network(config, scale, wish.options)
     step = answer.step
     rule, why_rule = choose_postprocess(facts)
     rate, why_rate = learning_rate(step.batch)

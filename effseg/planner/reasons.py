@@ -1,6 +1,8 @@
 """Why a plan is as it is, in words."""
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 from effseg.planner.scaling import Scale
 from effseg.planner.search import LARGEST_BATCH, Answer, describe
@@ -40,13 +42,14 @@ def why_batch(answer: Answer, wish: Wish) -> str:
     )
 
 
-def why_network(config: NetworkConfig, scale: Scale) -> str:
-    """The network: its size and shape."""
+def why_network(config: NetworkConfig, scale: Scale, options: Mapping[str, Any]) -> str:
+    """The network: its size and shape, and what was asked of it."""
     layers = sum(config.encoder_layers) + sum(config.decoder_layers)
     return (
         f"size {scale.name}: {len(config.strides)} stages, {layers} dense layers of growth rate "
         f"{config.growth_rate}; an axis is halved while 4 voxels remain and it is not twice as "
         "coarse as the finest"
+        + "".join(f"; {key} {value}, as asked" for key, value in options.items())
     )
 
 
