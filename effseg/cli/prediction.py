@@ -58,15 +58,32 @@ def predict(
     entropy: Annotated[
         bool, typer.Option("--entropy", help="write how unsure each voxel is too, in nats")
     ] = False,
+    also: Annotated[
+        list[Path] | None,
+        typer.Option("--also", help="a run to average with the first; repeat", metavar="RUN"),
+    ] = None,
+    snapshots: Annotated[
+        bool, typer.Option("--snapshots", help="average the weights a run kept on its way")
+    ] = False,
 ) -> None:
     """Label images on their own grids; a case that fails is named and the others go on."""
-    from effseg.inference import CaseResult, find_images, load_run, predict_cases, shard_of
+    from effseg.inference import (
+        CaseResult,
+        find_images,
+        load_run,
+        load_runs,
+        predict_cases,
+        shard_of,
+    )
     from effseg.memory import PeakResident
     from effseg.plans import format_bytes
 
-    loaded = load_run(run)
+    loaded = load_runs([run, *(also or ())], snapshots=snapshots)
+    n_models = sum(one.n_models for one in loaded)
+    if n_models > 1:
+        console.print(f"{n_models} models are averaged")
     rough = None if coarse is None else load_run(coarse)
-    cases = list(find_images(inputs, n_channels=len(loaded.plan.channels)).values())
+    cases = list(find_images(inputs, n_channels=len(loaded[0].plan.channels)).values())
     n_all = len(cases)
     if shard is not None:
         cases = shard_of(cases, shard)

@@ -6,7 +6,7 @@ from effseg.inference.cases import predict_cases, shard_of
 from effseg.inference.inputs import find_images
 from effseg.inference.prediction import forecast, predict
 from effseg.inference.predictor import Predictor
-from effseg.inference.run import Run, load_run
+from effseg.inference.run import Run, load_run, load_runs
 
 __all__ = [
     "CaseResult",
@@ -16,6 +16,7 @@ __all__ = [
     "find_images",
     "forecast",
     "load_run",
+    "load_runs",
     "predict",
     "predict_cases",
     "shard_of",

@@ -9,6 +9,7 @@ from torch import nn
 from effseg.devices import DeviceKind
 from effseg.inference.headless import Blend, choose_blend
 from effseg.inference.tracing import count_outputs, pass_beside_others, traced_pass_bytes
+from effseg.networks import WeightsFile
 from effseg.types import Shape3
 
 
@@ -19,12 +20,19 @@ class Blending:
         networks: on the device.
         patch_size: of a window.
         device: where they run.
+        weights: of each network, the files that take turns in it; none: its own.
     """
 
     def __init__(
-        self, networks: Sequence[nn.Module], patch_size: Shape3, device: torch.device
+        self,
+        networks: Sequence[nn.Module],
+        patch_size: Shape3,
+        device: torch.device,
+        *,
+        weights: Sequence[Sequence[WeightsFile]],
     ) -> None:
         self._networks = networks
+        self._weights = weights
         self._patch_size = patch_size
         self._device = device
         self._blend: Blend | None = None
@@ -33,7 +41,8 @@ class Blending:
     def of(self, n_channels: int) -> Blend:
         """What is blended, of images with so many channels."""
         if self._blend is None:
-            self._blend = choose_blend(self._networks, (1, n_channels, *self._patch_size))
+            shape = (1, n_channels, *self._patch_size)
+            self._blend = choose_blend(self._networks, shape, weights=self._weights)
         return self._blend
 
     def n_blended(self, n_channels: int) -> int:
@@ -73,7 +82,7 @@ class Blending:
             shape = (n, n_channels, *self._patch_size)
             passes = [
                 traced_pass_bytes(one, shape, autocast=autocast, kind=kind)
-                for one in self.of(n_channels).networks
+                for one in self.of(n_channels).distinct
             ]
             return pass_beside_others(passes, weight_bytes)
 

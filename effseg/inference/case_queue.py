@@ -1,7 +1,7 @@
 """Cases that wait to be labelled: while one is computed, the next is read and the last written."""
 
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -71,7 +71,7 @@ class CaseQueue:
     A case is computed when the next one to be computed is known, or at the end.
 
     Args:
-        run: that labels them.
+        runs: that label them.
         predict_one: as `predict` with a run and its options, for an image, `out` and `memory`.
         reads_ahead: whether the next case may be read while one is computed.
         writes_behind: whether the last label map may be written while one is computed.
@@ -86,7 +86,7 @@ class CaseQueue:
 
     def __init__(
         self,
-        run: Run,
+        runs: Sequence[Run],
         predict_one: Callable[..., Volume],
         *,
         reads_ahead: bool,
@@ -97,7 +97,7 @@ class CaseQueue:
         report: Callable[[CaseResult], None],
     ) -> None:
         self.results: list[CaseResult] = []
-        self._run = run
+        self._runs = runs
         self._predict_one = predict_one
         self._reads_ahead = reads_ahead
         self._writes_behind = writes_behind
@@ -141,14 +141,14 @@ class CaseQueue:
 
     def _job(self, case: Case, path: Path) -> Job:
         files = ImageFiles.judged(case.images, name=case.name)
-        most = max(label.value for label in self._run.plan.labels)
+        most = max(label.value for label in self._runs[0].plan.labels)
         label_bytes = np.min_scalar_type(most).itemsize
         return Job(
             case,
             files,
             path,
             peak_bytes=forecast(
-                self._run,
+                self._runs,
                 files.grid,
                 device=self._device,
                 files_bytes=files_bytes(files, path, label_bytes),

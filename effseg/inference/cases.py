@@ -13,7 +13,7 @@ from effseg.errors import DataError, PlanError
 from effseg.inference.budget import budget_of
 from effseg.inference.case_queue import CaseProgress, CaseQueue, CaseResult
 from effseg.inference.prediction import predict
-from effseg.inference.run import Run, load_run
+from effseg.inference.run import Run, Runs, load_runs
 from effseg.io import WRITTEN_SUFFIXES
 from effseg.plans import PostprocessConfig
 
@@ -21,7 +21,7 @@ _SHARD = re.compile(r"(\d+)/(\d+)")
 
 
 def predict_cases(
-    run: str | Path | Run,
+    run: Runs,
     cases: Iterable[Case],
     *,
     out: str | Path,
@@ -45,7 +45,7 @@ def predict_cases(
     as far as the budget has room for what they hold; where it has none, they take turns.
 
     Args:
-        run: a run's folder, or a loaded `Run`.
+        run: a run's folder, or a loaded `Run`; or several, as `predict` takes them.
         cases: such as `find_images` gives; their names become the files' names.
         out: the folder for the label maps, made if missing: `NAME` and the suffix. One that is
             there is replaced, once the new one is complete.
@@ -73,17 +73,16 @@ def predict_cases(
         PlanError: if the budget is no size, the device is not here, or the suffix names no format.
         CheckpointError: if the run cannot be loaded.
     """
-    if not isinstance(run, Run):
-        run = load_run(run)
+    runs = load_runs(run)
     cases = list(cases)
-    used = present_device(device or run.device)
+    used = present_device(device or runs[0].device)
     budget_bytes = budget_of(memory, str(used))
     targets = _targets(cases, Path(out), suffix)
     queue = CaseQueue(
-        run,
+        runs,
         partial(
             predict,
-            run,
+            runs,
             tta=tta,
             device=device,
             postprocess=postprocess,

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
+from effseg.networks import WeightsFile
 from effseg.sources import ImageSource
 
 
@@ -16,11 +17,21 @@ def fingerprint(*parts: object) -> str:
     return hashlib.sha256("\n".join(repr(part) for part in parts).encode()).hexdigest()
 
 
-def weights_of(networks: Iterable[nn.Module]) -> str:
-    """A digest of what networks are made of and their weights and buffers."""
+def weights_of(networks: Iterable[nn.Module], weights: Iterable[Sequence[WeightsFile]]) -> str:
+    """A digest of what networks are made of and their weights and buffers.
+
+    Args:
+        networks: each as it is.
+        weights: of each network, the files that take turns in it; what it holds itself then does
+            not count.
+    """
     found = hashlib.sha256()
-    for network in networks:
+    for network, files in zip(networks, weights, strict=True):
         found.update(repr(network).encode())
+        for file in files:
+            found.update(file.digest().encode())
+        if files:
+            continue
         for name, tensor in network.state_dict().items():
             found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
             found.update(tensor.detach().cpu().float().numpy().tobytes())

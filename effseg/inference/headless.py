@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from effseg.memory import trace_forward
-from effseg.networks import NormActConv, finest
+from effseg.networks import NormActConv, WeightsFile, finest
 from effseg.resample import AffineHead
 
 logger = logging.getLogger("effseg")
@@ -47,36 +47,61 @@ class Headless(nn.Module):
 
 @dataclass(frozen=True, eq=False)
 class Blend:
-    """What of some networks is blended, window by window.
+    """What of some models is blended, window by window.
 
     Attributes:
-        networks: their outputs are averaged; with a head, they lie side by side instead.
+        networks: one a model; models whose weights take turns in a network share it. Their outputs
+            are averaged; with a head, they lie side by side instead.
+        weights: one a model, read into its network before it is run; None: the network has them.
         head: makes the averaged logits of the features side by side; None where logits come.
     """
 
     networks: tuple[nn.Module, ...]
+    weights: tuple[WeightsFile | None, ...]
     head: AffineHead | None
 
+    @property
+    def distinct(self) -> tuple[nn.Module, ...]:
+        """Each network once: all that is in memory."""
+        return tuple({id(network): network for network in self.networks}.values())
 
-def choose_blend(networks: Sequence[nn.Module], input_shape: Sequence[int]) -> Blend:
+
+def choose_blend(
+    networks: Sequence[nn.Module],
+    input_shape: Sequence[int],
+    *,
+    weights: Sequence[Sequence[WeightsFile]] | None = None,
+) -> Blend:
     """Blend features where all networks end in an affine layer and it takes fewer channels.
 
     Args:
         networks: whole ones, or such as `find_headless` made of them.
         input_shape: of one window, (1, C, z, y, x).
+        weights: of each network, the files that take turns in it; None or empty: its own.
     """
     headless = [
         network if isinstance(network, Headless) else find_headless(network, input_shape)
         for network in networks
     ]
-    cut = [network for network in headless if network is not None]
-    n_features = sum(network.conv.in_channels for network in cut)
-    if len(cut) == len(networks) and n_features < cut[0].conv.out_channels:
-        return Blend(networks=tuple(cut), head=_joint_head([network.conv for network in cut]))
-    if cut and len(networks) > 1:
-        logger.info("blending logits: not all %d networks have a head to spare", len(networks))
-    whole = (n.network if isinstance(n, Headless) else n for n in networks)
-    return Blend(networks=tuple(whole), head=None)
+    turns = [files or (None,) for files in weights or [()] * len(networks)]
+    models = [
+        (network, cut, file)
+        for network, cut, files in zip(networks, headless, turns, strict=True)
+        for file in files
+    ]
+    files = tuple(file for _, _, file in models)
+    cuts = [cut for _, cut, _ in models if cut is not None]
+    n_features = sum(cut.conv.in_channels for cut in cuts)
+    if len(cuts) == len(models) and n_features < cuts[0].conv.out_channels:
+        head = _joint_head([_head(cut, file) for cut, file in zip(cuts, files, strict=True)])
+        return Blend(networks=tuple(cuts), weights=files, head=head)
+    if cuts and len(models) > 1:
+        logger.info(
+            "blending logits: %d models together have no head to spare, or one that takes more",
+            len(models),
+        )
+    whole = (n.network if isinstance(n, Headless) else n for n, _, _ in models)
+    return Blend(networks=tuple(whole), weights=files, head=None)
 
 
 def find_headless(network: nn.Module, input_shape: Sequence[int]) -> Headless | None:
@@ -156,18 +181,27 @@ def _widens(module: nn.Module) -> bool:
     )
 
 
-def _joint_head(convs: Sequence[nn.Conv3d]) -> AffineHead:
-    """The mean of several layers' logits as one layer over their features side by side."""
-    weights = [conv.weight.detach().flatten(1).float().cpu().numpy() for conv in convs]
-    biases = [
-        np.zeros(conv.out_channels, np.float32)
-        if conv.bias is None
-        else conv.bias.detach().float().cpu().numpy()
-        for conv in convs
-    ]
+def _head(cut: Headless, weights: WeightsFile | None) -> AffineHead:
+    """The layer left out, as a network has it or as a file does."""
+    weight, bias = cut.conv.weight.detach(), cut.conv.bias
+    if weights is not None:
+        stem = f"{cut.path}." if cut.path else ""
+        weight = weights.tensor(f"{stem}weight")
+        bias = None if bias is None else weights.tensor(f"{stem}bias")
+    if bias is None:
+        bias = weight.new_zeros(len(weight))
     return AffineHead(
-        weight=np.divide(np.concatenate(weights, axis=1), len(convs), dtype=np.float32),
-        bias=np.mean(biases, axis=0, dtype=np.float32),
+        weight=weight.flatten(1).float().cpu().numpy(),
+        bias=bias.detach().float().cpu().numpy(),
+    )
+
+
+def _joint_head(heads: Sequence[AffineHead]) -> AffineHead:
+    """The mean of several layers' logits as one layer over their features side by side."""
+    weights = np.concatenate([head.weight for head in heads], axis=1)
+    return AffineHead(
+        weight=np.divide(weights, len(heads), dtype=np.float32),
+        bias=np.mean([head.bias for head in heads], axis=0, dtype=np.float32),
     )
 
 

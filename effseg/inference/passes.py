@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from effseg.devices import AUTOCAST, Precision
 from effseg.errors import MemoryBudgetError
 from effseg.inference.frontier import Frontier
-from effseg.inference.headless import Blend
+from effseg.inference.headless import Blend, Headless
 from effseg.inference.windows import SweptImage
 from effseg.networks import finest
 from effseg.types import Slices3
@@ -68,6 +68,7 @@ class Passes:
         self._constant: tuple[float, ...] | None = None
         self._answer: Tensor | None = None
         self._most: int | None = None  # windows in a pass, once more were too many
+        self._seated: dict[nn.Module, int] = {}  # whose weights a network holds
 
     @torch.inference_mode()
     def run(self, image: SweptImage, boxes: Sequence[Slices3]) -> int:
@@ -111,6 +112,7 @@ class Passes:
         remembered = max(constant, default=None)
         answer: Tensor | None = None
         for index, network in enumerate(self._blend.networks):
+            self._seat(index)
             for mirror in self._mirrors:
                 for i, values in self._outputs(network, batch, mirror):
                     channels = self._channels(index, len(values))
@@ -128,6 +130,13 @@ class Passes:
             self.blended.count(box)
         if remembered is not None:
             self._constant, self._answer = constant[remembered], answer
+
+    def _seat(self, index: int) -> None:
+        """See that the network of a model holds the model's weights."""
+        network, weights = self._blend.networks[index], self._blend.weights[index]
+        if weights is not None and self._seated.get(network) != index:
+            weights.fill(network.network if isinstance(network, Headless) else network)
+            self._seated[network] = index
 
     def close(self) -> None:
         """Let go of what was blended."""

@@ -134,7 +134,7 @@ def predict(
             facts,
             values,
             None if wanted is None else wanted.facts,
-            weights_of([one.network for one in runs]),
+            weights_of([one.network for one in runs], [one.turns for one in runs]),
             files_of(given.paths)
             if isinstance(given, ImageFiles)
             else voxels_of(sweep.source, sweep.frame.axis),

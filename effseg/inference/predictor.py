@@ -32,6 +32,7 @@ from effseg.inference.pace import Pace
 from effseg.inference.passes import Passes, mirrors
 from effseg.inference.tracing import weight_bytes_of
 from effseg.inference.under_way import Needed, Progress, SweepUnderWay
+from effseg.networks import WeightsFile
 from effseg.preprocess import Frame
 from effseg.resample import LabelSlab, Slabs, label_slabs
 from effseg.sources import ArraySource, ChunkedArray, ImageArray, ImageFiles, ImageSource
@@ -45,8 +46,9 @@ class Predictor:
 
     Windows overlap and are blended with Gaussian weights in float32; with `tta` each window is
     also seen mirrored along every combination of axes, and the logits are averaged, as they are
-    over several networks. What is summed up is the features below the head, where the networks end
-    in an affine one that reads fewer channels than it makes, otherwise the logits.
+    over several networks, and over the several `weights` of one, which take turns in it: of them
+    only one is ever in memory. What is summed up is the features below the head, where the
+    networks end in an affine one that reads fewer channels than it makes, otherwise the logits.
 
     The windows sweep the volume along one axis. Sums exist for a stretch as long as a window, and
     a slab that no later window touches is handed on: memory depends neither on the length of the
@@ -56,6 +58,8 @@ class Predictor:
         network: takes (N, C, z, y, x), returns logits (N, classes, z, y, x), or a list of logits
             whose first is the finest; or several such networks. They are put into eval mode, on the
             device.
+        weights: of each network, files that are read into it in turn, once a pass; its own weights
+            are then lost. None or, for a network, no file: it is run as it is.
         patch_size: of a window, voxels (z, y, x).
         overlap: the least share of a window that its neighbour covers.
         tta: average over the 8 mirrors.
@@ -83,6 +87,7 @@ class Predictor:
         network: nn.Module | Sequence[nn.Module],
         patch_size: Shape3,
         *,
+        weights: Sequence[Sequence[WeightsFile]] | None = None,
         overlap: float = 0.5,
         tta: bool = False,
         device: str = "cpu",
@@ -100,8 +105,13 @@ class Predictor:
         networks = (network,) if isinstance(network, nn.Module) else tuple(network)
         if not networks:
             raise PlanError("no network; expected one or more")
+        if weights is not None and len(weights) != len(networks):
+            raise PlanError(
+                f"weights of {len(weights)} networks for {len(networks)}; expected as many"
+            )
         self.device = present_device(device)
         self.networks = tuple(one.to(self.device).eval() for one in networks)
+        self.weights = tuple(tuple(files) for files in weights or [()] * len(networks))
         self.patch_size = patch_size
         self.overlap = overlap
         self.mirrors = mirrors() if tta else ((),)
@@ -111,7 +121,7 @@ class Predictor:
         self.memory = budget_of(memory, device)
         self.scratch = Path(tempfile.gettempdir() if scratch is None else scratch)
         self.pace = Pace()
-        self._blending = Blending(self.networks, patch_size, self.device)
+        self._blending = Blending(self.networks, patch_size, self.device, weights=self.weights)
 
     def predict(
         self,
@@ -282,7 +292,8 @@ class Predictor:
 
     def _fingerprint(self, source: ImageSource, axis: int) -> str:
         options = (self.patch_size, self.overlap, self.mirrors, self.precision)
-        return fingerprint(options, weights_of(self.networks), voxels_of(source, axis))
+        weights = weights_of(self.networks, self.weights)
+        return fingerprint(options, weights, voxels_of(source, axis))
 
     def _passes(self, blend: Blend, sweep: Sweep, *, sums: Sums) -> Passes:
         n_passes = len(self.mirrors) * (1 if blend.head else len(blend.networks))

@@ -1,14 +1,12 @@
-"""A trained run as it lies in its folder: the plan and the weights."""
+"""A trained run as it lies in its folder: the plan and the weights, of one model or several."""
 
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TypeAlias
+from typing import Self, TypeAlias
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 
 from effseg.devices import AUTOCAST, DeviceKind, is_present
@@ -16,20 +14,29 @@ from effseg.errors import CheckpointError, PlanError
 from effseg.inference.headless import Headless, find_headless
 from effseg.inference.pace import Pace
 from effseg.inference.tracing import traced_pass_bytes
-from effseg.networks import build_network, own_state
+from effseg.networks import WeightsFile, build_network
 from effseg.plans import Plan
-from effseg.record import PLAN, WEIGHTS
+from effseg.record import PLAN, SNAPSHOTS, WEIGHTS
 
 logger = logging.getLogger("effseg")
 
 
 @dataclass(frozen=True)
 class Run:
-    """A plan and the network it describes, with trained weights, in eval mode on the CPU."""
+    """A plan and the network it describes, with trained weights, in eval mode on the CPU.
+
+    Attributes:
+        folder: where it lies; of several models, the first one's.
+        plan: of the run; of several, the first one's.
+        network: that is run.
+        weights: files it was filled from. Several are models that are averaged: they take turns in
+            the network, so that memory does not grow with their number.
+    """
 
     folder: Path
     plan: Plan
     network: nn.Module
+    weights: tuple[WeightsFile, ...] = ()
     _window_bytes: dict[tuple[DeviceKind, int], int] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -56,6 +63,16 @@ class Run:
         shape = (1, len(self.plan.channels), *self.plan.patch_size)
         return find_headless(self.network, shape)
 
+    @property
+    def n_models(self) -> int:
+        """How many models are averaged."""
+        return max(1, len(self.weights))
+
+    @property
+    def turns(self) -> tuple[WeightsFile, ...]:
+        """The files that take turns in the network; none where it holds the only one."""
+        return self.weights if len(self.weights) > 1 else ()
+
     def pace(self, manner: tuple[object, ...]) -> Pace:
         """What was found of how many windows a pass should take, in a manner of passing them."""
         return self._paces.setdefault(manner, Pace())
@@ -80,60 +97,98 @@ Runs: TypeAlias = str | Path | Run | Sequence[str | Path | Run]
 """A run or several, loaded or where they lie."""
 
 
-def load_run(folder: str | Path) -> Run:
+def load_run(folder: str | Path, *, snapshots: bool = False) -> Run:
     """Load a trained run.
+
+    Args:
+        folder: the run's.
+        snapshots: take the weights it kept in the course of its training, which are averaged as
+            several models are, in place of the best ones.
 
     Raises:
         CheckpointError: if the folder is no run, has no weights yet, or they do not fit the plan.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such run; `effseg train` makes one")
-    try:
-        plan = Plan.load(folder / PLAN)
-    except PlanError as error:
-        raise CheckpointError(f"{folder}: not a run that can be used: {error}") from error
-    weights = folder / WEIGHTS
-    if not weights.is_file():
-        raise CheckpointError(f"{folder}: no {WEIGHTS}: the run has not finished an epoch yet")
-    network = build_network(plan.network)
-    try:
-        state = load_file(weights)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{weights}: cannot be read ({error}); train again") from error
-    expected = own_state(network)
-    for name, tensor in expected.items():
-        if name not in state:
-            raise CheckpointError(f"{weights}: no tensor {name}, which {PLAN}'s network has")
-        if state[name].shape != tensor.shape:
-            raise CheckpointError(
-                f"{weights}: {name} has shape {tuple(state[name].shape)}; {PLAN}'s network "
-                f"expects {tuple(tensor.shape)}"
-            )
-    extra = sorted(set(state) - set(expected))
-    if extra:
-        raise CheckpointError(f"{weights}: tensor {extra[0]} is not in {PLAN}'s network")
-    network.load_state_dict(state, strict=False)  # names agree; see own_state
-    return Run(folder=folder, plan=plan, network=network.eval())
+    found = _Found.at(Path(folder), snapshots=snapshots)
+    return _built(found.folder, found.plan, found.weights)
 
 
-def load_runs(run: Runs) -> tuple[Run, ...]:
-    """The runs that are meant, loaded.
+def load_runs(run: Runs, *, snapshots: bool = False) -> tuple[Run, ...]:
+    """The runs that are meant, loaded; those of one network as one run, whose weights take turns.
+
+    Args:
+        run: which.
+        snapshots: of those that are not loaded yet, as `load_run` takes it.
 
     Raises:
         CheckpointError: if one cannot be loaded, or they do not belong together.
     """
     given = [run] if isinstance(run, str | Path | Run) else list(run)
-    runs = tuple(one if isinstance(one, Run) else load_run(one) for one in given)
-    if not runs:
+    if not given:
         raise CheckpointError("no run; expected one or more")
+    found = [
+        one if isinstance(one, Run) else _Found.at(Path(one), snapshots=snapshots) for one in given
+    ]
     for name in ("patch_size", "spacing", "channels", "labels"):
-        ours = getattr(runs[0].plan, name)
-        for other in runs[1:]:
+        ours = getattr(found[0].plan, name)
+        for other in found[1:]:
             theirs = getattr(other.plan, name)
             if theirs != ours:
                 raise CheckpointError(
-                    f"{runs[0].folder} and {other.folder} differ in {name}, {ours} vs {theirs}; "
+                    f"{found[0].folder} and {other.folder} differ in {name}, {ours} vs {theirs}; "
                     "only runs of one plan, such as folds, can be averaged"
                 )
-    return runs
+    groups: list[list[Run | _Found]] = []
+    for one in found:
+        for group in groups:
+            # a run without files has weights that only its network knows
+            if one.weights and group[0].weights and one.plan.network == group[0].plan.network:
+                group.append(one)
+                break
+        else:
+            groups.append([one])
+    return tuple(_joined(group) for group in groups)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A run that lies somewhere, not loaded yet."""
+
+    folder: Path
+    plan: Plan
+    weights: tuple[WeightsFile, ...]
+
+    @classmethod
+    def at(cls, folder: Path, *, snapshots: bool) -> Self:
+        if not folder.is_dir():
+            raise CheckpointError(f"{folder}: no such run; `effseg train` makes one")
+        try:
+            plan = Plan.load(folder / PLAN)
+        except PlanError as error:
+            raise CheckpointError(f"{folder}: not a run that can be used: {error}") from error
+        files = [folder / WEIGHTS]
+        if snapshots:
+            files = sorted((folder / SNAPSHOTS).glob("*.safetensors"))
+            if not files:
+                raise CheckpointError(
+                    f"{folder}: no weights in {SNAPSHOTS}/; set training.snapshots in the plan "
+                    "before training"
+                )
+        elif not files[0].is_file():
+            raise CheckpointError(f"{folder}: no {WEIGHTS}: the run has not finished an epoch yet")
+        return cls(folder, plan, tuple(WeightsFile.open(path) for path in files))
+
+
+def _joined(group: "Sequence[Run | _Found]") -> Run:
+    """Runs of one network as one; a loaded run's own network is never written to."""
+    first = group[0]
+    if len(group) == 1 and isinstance(first, Run):
+        return first
+    return _built(first.folder, first.plan, tuple(file for one in group for file in one.weights))
+
+
+def _built(folder: Path, plan: Plan, weights: tuple[WeightsFile, ...]) -> Run:
+    network = build_network(plan.network)
+    for file in weights:
+        file.check(network, of=PLAN)
+    weights[0].fill(network)
+    return Run(folder=folder, plan=plan, network=network.eval(), weights=weights)

@@ -112,6 +112,7 @@ class Task:
         predictor = Predictor(
             [one.headless or one.network for one in runs],
             plan.patch_size,
+            weights=[one.turns for one in runs],
             overlap=plan.inference.overlap,
             tta=self.tta,
             device=device,
@@ -120,7 +121,7 @@ class Task:
             skip_constant=self.skip_constant,
             scratch=self.scratch,
         )
-        predictor.pace = runs[0].pace((device, self.tta, len(runs)))
+        predictor.pace = runs[0].pace((device, self.tta, sum(one.n_models for one in runs)))
         image = given.opened(whole=way.reading == "whole")
         return RunSweep(
             frame=way.frame,
@@ -197,7 +198,9 @@ def demand_of(
 
 def n_blended_of(runs: Sequence[Run]) -> int:
     """How many channels are blended of several runs."""
-    features = sum(one.headless.conv.in_channels for one in runs if one.headless is not None)
+    features = sum(
+        one.headless.conv.in_channels * one.n_models for one in runs if one.headless is not None
+    )
     n_classes = len(runs[0].plan.labels)
     every = all(one.headless is not None for one in runs)
     return features if every and features < n_classes else n_classes

@@ -11,6 +11,7 @@ from effseg.networks.imported import build_imported, maker_of, why_whole
 from effseg.networks.outputs import finest, for_loss
 from effseg.networks.pointwise import MemoryMode, NormActConv
 from effseg.networks.state import own_state
+from effseg.networks.weights import WeightsFile
 from effseg.plans import ImportedNetwork, NetworkConfig
 
 
@@ -36,6 +37,7 @@ __all__ = [
     "DenseUNet",
     "MemoryMode",
     "NormActConv",
+    "WeightsFile",
     "build_network",
     "defer_logits",
     "finest",

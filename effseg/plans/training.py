@@ -30,6 +30,9 @@ class TrainingConfig(Config):
     queue_bytes: int = Field(
         256 * 2**20, ge=0, description="most bytes of batches that wait for the next steps"
     )
+    snapshots: int = Field(
+        0, ge=0, description="weights kept from the last half of the run, evenly; to be averaged"
+    )
     seed: int = Field(0, ge=0)
     start: StartConfig = StartConfig()
     loss: LossConfig = LossConfig()

@@ -122,6 +122,13 @@ class MetricsLog(pl.Callback):  # type: ignore[misc]
             table.writerow(known)
 
 
+def save_averaged(module: SegmentationModule, path: Path) -> None:
+    """Write the averaged weights, whole or not at all."""
+    state = own_state(module.averaged.module)
+    with written_whole(path) as partial:
+        save_file({name: tensor.cpu().contiguous() for name, tensor in state.items()}, partial)
+
+
 class BestWeights(pl.Callback):  # type: ignore[misc]
     """Keeps the averaged weights of the best validation, whole or not at all.
 
@@ -166,9 +173,7 @@ class BestWeights(pl.Callback):  # type: ignore[misc]
             return
         self._best_mean = mean
         self.best_score, self.best_epoch = score, trainer.current_epoch
-        state = own_state(pl_module.averaged.module)
-        with written_whole(self.path) as partial:
-            save_file({name: tensor.cpu().contiguous() for name, tensor in state.items()}, partial)
+        save_averaged(pl_module, self.path)
 
 
 class Thawing(pl.Callback):  # type: ignore[misc]

@@ -20,7 +20,7 @@ from effseg.memory import heap_of
 from effseg.planner import check_plan
 from effseg.planner.recipe import with_class_weights
 from effseg.plans import Plan, Policy
-from effseg.record import METRICS, PLAN, RATES, RECORD, STOP, WEIGHTS
+from effseg.record import METRICS, PLAN, RATES, RECORD, SNAPSHOTS, STOP, WEIGHTS
 from effseg.training.callbacks import (
     BestWeights,
     MetricsLog,
@@ -36,6 +36,7 @@ from effseg.training.module import SegmentationModule
 from effseg.training.rates import LearningRates, try_rates, with_rate
 from effseg.training.requests import StopOnRequest
 from effseg.training.resuming import EpochCheckpoint, RunState, rewind
+from effseg.training.snapshots import Snapshots
 from effseg.training.stopping import EarlyStop
 from effseg.training.trainer import build_trainer, fit, import_late_parts, quiet_lightning
 
@@ -96,8 +97,8 @@ def train(
 
     Returns:
         The run's folder: plan.json, run.json, metrics.csv, model.safetensors (the averaged weights
-        of the best validation Dice) and checkpoints/; learning_rates.csv with `find_lr`. A line in
-        `runs.csv` beside it.
+        of the best validation Dice) and checkpoints/; learning_rates.csv with `find_lr`;
+        snapshots/ where the plan asks for some. A line in `runs.csv` beside it.
 
     Raises:
         KeyboardInterrupt: as it was sent; what was learnt until then is kept.
@@ -180,6 +181,8 @@ def train(
             callbacks.append(EarlyStop(stopping))
         if schedule.changes:
             callbacks.append(schedule)
+        if plan.training.snapshots > 0:
+            callbacks.append(Snapshots(out / SNAPSHOTS, plan.training.snapshots))
         if progress is not None:
             callbacks.append(ProgressReport(progress))
         with quiet_lightning():
