@@ -24,6 +24,7 @@ _HOME = {
     "TrainingState": "training",
     "Volume": "volume",
     "audit": "dataset",
+    "choose_thresholds": "validation",
     "evaluate": "evaluation",
     "find_learning_rate": "training",
     "fingerprint": "planner",
@@ -56,6 +57,7 @@ __all__ = [
     "Volume",
     "__version__",
     "audit",
+    "choose_thresholds",
     "evaluate",
     "find_learning_rate",
     "fingerprint",
@@ -90,7 +92,7 @@ if TYPE_CHECKING:
     from effseg.report import write_report
     from effseg.resample import resample_like, resample_to_spacing
     from effseg.training import TrainingState, find_learning_rate, train
-    from effseg.validation import validate
+    from effseg.validation import choose_thresholds, validate
     from effseg.volume import Grid, Volume
 
 

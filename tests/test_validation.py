@@ -8,7 +8,8 @@ import pytest
 from effseg.evaluation import CaseScore
 from effseg.evaluation.scores import Lesion, LesionScore
 from effseg.plans import Plan, PostprocessConfig
-from effseg.validation import FEWEST_FINDS, SAFE_SHARE, stricter, validate
+from effseg.validation import stricter, validate
+from effseg.validation.smallest import FEWEST_FINDS, SAFE_SHARE
 
 
 def with_rule(plan: Plan, **rule: float) -> Plan:
@@ -57,7 +58,7 @@ def test_a_rule_stays_where_validation_says_too_little(tiny_plan: Plan) -> None:
 def test_a_run_keeps_the_stricter_rule_and_its_scores(
     tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("effseg.validation.FEWEST_FINDS", 1)
+    monkeypatch.setattr("effseg.validation.smallest.FEWEST_FINDS", 1)
     run = shutil.copytree(tiny_run, tmp_path / "run")
     with_rule(Plan.load(run / "plan.json"), minimum_mm3=1).save(run / "plan.json")
     before = validate(run)

@@ -18,6 +18,7 @@ from effseg.cli.planning import plan
 from effseg.cli.prediction import predict
 from effseg.cli.reporting import report
 from effseg.cli.suspecting import suspects
+from effseg.cli.thresholds import thresholds
 from effseg.cli.training import train
 
 # typer carries click's exceptions, in newer versions as its own copy: take the class from typer
@@ -52,7 +53,18 @@ def settings(
 
 
 # as --help lists them
-for verb in (check, plan, train, predict, evaluate, report, compare, suspects, benchmark):
+for verb in (
+    check,
+    plan,
+    train,
+    predict,
+    evaluate,
+    thresholds,
+    report,
+    compare,
+    suspects,
+    benchmark,
+):
     app.command()(verb)
 
 

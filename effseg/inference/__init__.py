@@ -4,6 +4,7 @@ from effseg.inference.budget import Forecast
 from effseg.inference.case_queue import CaseResult
 from effseg.inference.cases import predict_cases, shard_of
 from effseg.inference.inputs import find_images
+from effseg.inference.margins import write_margins
 from effseg.inference.prediction import forecast, predict
 from effseg.inference.predictor import Predictor
 from effseg.inference.run import Run, load_run, load_runs
@@ -20,4 +21,5 @@ __all__ = [
     "predict",
     "predict_cases",
     "shard_of",
+    "write_margins",
 ]

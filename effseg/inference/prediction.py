@@ -122,7 +122,8 @@ def predict(
     out = Path(out)
     names = [f"probability_{value}" for value in probabilities] + ["entropy"] * entropy
     names += ["confidence"] * confidence
-    facts = (plan.patch_size, plan.inference.overlap, plan.precision, tta, rule, sweep.frame)
+    chosen = plan.inference
+    facts = (plan.patch_size, chosen.overlap, plan.precision, tta, rule, sweep.frame, sweep.cuts)
     return LabelFile(
         path=out,
         grid=grid,

@@ -37,6 +37,7 @@ class RunSweep:
     values: Sequence[int]
     maps: Maps
     region: Region | None
+    cuts: Sequence[float]
 
     def pieces(self, done: int, progress: Progress | None) -> Iterator[LabelSlab]:
         """The labels behind so many finished planes."""
@@ -52,17 +53,18 @@ class RunSweep:
             progress=progress,
         )
         for box, labels, made in label_slabs(
-            slabs, frame.grid, frame.native, values=self.values, start=done, maps=self.maps
+            slabs,
+            frame.grid,
+            frame.native,
+            values=self.values,
+            start=done,
+            maps=self.maps,
+            cuts=self.cuts,
         ):
             if region is not None:
                 outside = region.outside(box)
                 labels[outside] = self.values[0]
-                made[:, outside] = 0
-                for index, one in zip(self.maps.classes, made, strict=False):
-                    if index == 0:
-                        one[outside] = 1
-                if self.maps.confidence:
-                    made[-1][outside] = 1
+                made[:, outside] = self.maps.outside[:, None]
             yield box, labels, made
 
 
@@ -86,8 +88,9 @@ class Task:
         writes: bool,
         maps: Maps,
         region: Region | None,
+        cuts: Sequence[float] | None = None,
     ) -> RunSweep:
-        """Choose the way that fits, and get everything ready."""
+        """Choose the way that fits, and get everything ready; `cuts` in place of the plan's."""
         plan, given = runs[0].plan, self.given
         check_channels(given.n_channels, plan)
         device = self.device or runs[0].device
@@ -131,6 +134,7 @@ class Task:
             values=[label.value for label in plan.labels],
             maps=maps,
             region=region,
+            cuts=plan.inference.cuts if cuts is None else cuts,
         )
 
 

@@ -1,5 +1,8 @@
 """How a network is slid over a volume, and what of its answer is kept."""
 
+import math
+from typing import Annotated
+
 from pydantic import Field
 
 from effseg.plans.config import Config, Share
@@ -24,4 +27,14 @@ class InferenceConfig(Config):
         description="windows in one pass; null: as many as are fastest, told by timing 1, 2, 4, "
         "... as far as the budget has room; 1 on a CPU without a budget",
     )
+    thresholds: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field(
+        (),
+        description="one for each foreground label: the likeliest of them is taken where its "
+        "probability, of itself and the background's, is above its own; none: 0.5 for each",
+    )
     postprocess: PostprocessConfig = PostprocessConfig()
+
+    @property
+    def cuts(self) -> tuple[float, ...]:
+        """How far a label's logit must be above the background's; empty where above is enough."""
+        return tuple(math.log(p / (1 - p)) for p in self.thresholds)

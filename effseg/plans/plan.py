@@ -142,6 +142,12 @@ class Plan(Config):
             raise ValueError(f"labels have value {twice[0]} twice; each needs one of its own")
         if self.ignore_label in values:
             raise ValueError(f"ignore_label {self.ignore_label} is also a label to predict")
+        n_foreground = len(self.labels) - 1
+        if len(self.inference.thresholds) not in (0, n_foreground):
+            raise ValueError(
+                f"inference.thresholds has {len(self.inference.thresholds)} entries; there are "
+                f"{n_foreground} foreground labels"
+            )
         norm = self.network.norm if isinstance(self.network, NetworkConfig) else None
         if self.sample_by_sample and norm == "batch":
             raise ValueError("sample_by_sample is true; batch norm needs a batch as a whole")

@@ -7,7 +7,7 @@ voxel.
 """
 
 from effseg.postprocess.components import foreground_box, label_components, remove_components
-from effseg.postprocess.rules import DEFAULT_FRACTION, Removal, describe
+from effseg.postprocess.rules import DEFAULT_FRACTION, Removal, describe, judge
 from effseg.postprocess.stream import COMPONENT_BYTES, ComponentStream
 from effseg.postprocess.table import Component
 
@@ -19,6 +19,7 @@ __all__ = [
     "Removal",
     "describe",
     "foreground_box",
+    "judge",
     "label_components",
     "remove_components",
 ]

@@ -68,6 +68,7 @@ def label_slabs(
     values: Sequence[int] | None = None,
     start: int = 0,
     maps: Maps | None = None,
+    cuts: Sequence[float] = (),
 ) -> Iterator[LabelSlab]:
     """The label map of `logits_to_labels` in slabs, each as soon as all it needs has come.
 
@@ -82,6 +83,9 @@ def label_slabs(
         start: how many planes of the target are made already, along its axis that runs with the
             slabs' and in their direction.
         maps: what else is made of the logits; None: nothing.
+        cuts: of each class but the first: the one with the largest logit of these has a voxel where
+            that is further than its own cut above the first class's. Empty: 0 for each, which is
+            the largest logit of all.
 
     Yields:
         Box of `target`, labels in it, and maps; the boxes tile the target along one of its axes,
@@ -94,9 +98,9 @@ def label_slabs(
         logger.info(
             "the two grids are turned against each other: labels are made once all logits are there"
         )
-        pieces = _at_once(slabs, passage.mapping, values, maps)
+        pieces = _at_once(slabs, passage.mapping, values, maps, cuts)
     else:
-        pieces = _as_they_come(slabs, passage.mapping, values, start, maps)
+        pieces = _as_they_come(slabs, passage.mapping, values, start, maps, cuts)
     stored = passage.target_axes.inverse()
     for start, labels, made in pieces:
         box = [slice(0, n) for n in passage.mapping.shape]
@@ -157,10 +161,14 @@ def labelling_bytes(
 
 
 def _at_once(
-    slabs: Slabs, mapping: Mapping, values: Sequence[int] | None, maps: Maps | None
+    slabs: Slabs,
+    mapping: Mapping,
+    values: Sequence[int] | None,
+    maps: Maps | None,
+    cuts: Sequence[float],
 ) -> Iterator[tuple[int, Array, Float32Array]]:
     whole = slabs.whole()
-    labeller = _Labeller(mapping, slabs, len(whole), values, maps)
+    labeller = _Labeller(mapping, slabs, len(whole), values, maps, cuts)
     yield 0, *labeller.labels(whole, 0, (0, mapping.shape[slabs.axis]))
 
 
@@ -170,6 +178,7 @@ def _as_they_come(
     values: Sequence[int] | None,
     done: int,
     maps: Maps | None,
+    cuts: Sequence[float],
 ) -> Iterator[tuple[int, Array, Float32Array]]:
     weights = mapping.axes[slabs.axis]
     labeller: _Labeller | None = None
@@ -177,7 +186,7 @@ def _as_they_come(
     first = 0  # of what is held
     for start, part in slabs.parts:
         if labeller is None:
-            labeller, first = _Labeller(mapping, slabs, len(part), values, maps), start
+            labeller, first = _Labeller(mapping, slabs, len(part), values, maps, cuts), start
         held = part if held is None else np.concatenate((held, part), axis=1 + slabs.axis)
         stop = start + part.shape[1 + slabs.axis]
         del part  # or it would be held while the next is made
@@ -201,6 +210,7 @@ class _Labeller:
         n_channels: in a slab.
         values: the classes' labels.
         maps: what else is wanted.
+        cuts: as `label_slabs` takes them.
     """
 
     def __init__(
@@ -210,11 +220,14 @@ class _Labeller:
         n_channels: int,
         values: Sequence[int] | None,
         maps: Maps | None,
+        cuts: Sequence[float],
     ) -> None:
         n_classes = n_channels if slabs.head is None else slabs.head.n_classes
         self.values = tuple(range(n_classes)) if values is None else tuple(values)
         if len(self.values) != n_classes:
             raise DataError(f"{n_classes} logits a voxel; expected {len(self.values)}, one a label")
+        if len(cuts) not in (0, n_classes - 1):
+            raise DataError(f"{len(cuts)} cuts for {n_classes} classes; expected one less")
         self.mapping = mapping
         self.axis = slabs.axis
         self.head = slabs.head
@@ -223,7 +236,10 @@ class _Labeller:
         # other axes; then the largest logit, a rival and where it is larger, or all features.
         kept = 9 if slabs.head is None else 4 * n_channels + 1
         self.maps = maps or Maps()
-        kept += 4 * (self.maps.n + 4) if self.maps.n else 0
+        self.cuts = np.asarray(cuts, dtype=np.float32)
+        kept += 4 * (self.maps.n + 4 + 2 * self.maps.margin) if self.maps.n else 0
+        # of the first class, the margin over it, and the classes that have a cut each
+        kept += 4 + 4 + 8 if self.cuts.size else 0
         self.work = Work(source_voxel_bytes=8, target_voxel_bytes=8 + kept)
         self.limit_bytes = _limit_bytes(n_channels)
 
@@ -240,8 +256,8 @@ class _Labeller:
         shape = list(self.mapping.shape)
         shape[self.axis] = part[1] - part[0]
         result = np.full(shape, self.table[0], dtype=self.table.dtype)
-        made = np.zeros((self.maps.n, *shape), dtype=np.float32)
-        made[: len(self.maps.classes)][np.asarray(self.maps.classes, int) == 0] = 1
+        made = np.empty((self.maps.n, *shape), dtype=np.float32)
+        made[...] = self.maps.outside[:, None, None, None]
         within = list(self.mapping.inside)
         inside = within[self.axis]
         low, high = max(part[0], inside.start), min(part[1], inside.stop)
@@ -281,13 +297,24 @@ class _Labeller:
     def _largest(self, channels: Iterator[Float32Array]) -> tuple[Array, Float32Array]:
         """Class by class with a running maximum."""
         best = np.array(next(channels))
+        first = best.copy() if self.cuts.size else None
         labels = np.full(best.shape, self.table[0], dtype=self.table.dtype)
+        chosen = np.zeros(best.shape, dtype=np.intp) if self.cuts.size else None
         softmax = RunningSoftmax(best, self.maps) if self.maps.n else None
-        for value, rival in zip(self.table[1:], channels, strict=True):
-            np.copyto(labels, value, where=rival > best)
-            np.maximum(best, rival, out=best)
+        for index, (value, rival) in enumerate(zip(self.table[1:], channels, strict=True)):
             if softmax is not None:
                 softmax.add(rival)
+            if chosen is not None and index == 0:
+                labels[...], best[...] = value, rival  # the first class waits for the end
+                continue
+            larger = rival > best
+            np.copyto(labels, value, where=larger)
+            if chosen is not None:
+                np.copyto(chosen, index, where=larger)
+            np.maximum(best, rival, out=best)
+        if first is not None and chosen is not None:
+            np.subtract(best, first, out=first)
+            labels[first <= self.cuts[chosen]] = self.table[0]
         if softmax is None:
             return labels, np.zeros((0, *best.shape), dtype=np.float32)
         return labels, softmax.maps()
@@ -301,11 +328,20 @@ class _Labeller:
         for start in range(0, len(labels), step):
             part = slice(start, start + step)
             logits = head.logits(rows[:, part])
-            labels[part] = self.table[logits.argmax(axis=1)]
+            labels[part] = self.table[self._winners(logits)]
             if self.maps.n:
                 maps[:, part] = self.maps.of(logits)
         shape = features.shape[1:]
         return labels.reshape(shape), maps.reshape(-1, *shape)
+
+    def _winners(self, logits: Float32Array) -> Array:
+        """The class that has a voxel, of logits (voxels, classes)."""
+        if not self.cuts.size:
+            largest: Array = logits.argmax(axis=1)
+            return largest
+        chosen = logits[:, 1:].argmax(axis=1)
+        best = np.take_along_axis(logits[:, 1:], chosen[:, None], axis=1)[:, 0]
+        return np.where(best - logits[:, 0] > self.cuts[chosen], chosen + 1, 0)
 
 
 def _limit_bytes(n_channels: int) -> int:

@@ -14,24 +14,41 @@ class Maps:
     Attributes:
         classes: whose probabilities, by index; the softmax of the interpolated logits.
         entropy: whether, behind these, the entropy of all classes' probabilities, in nats.
-        confidence: whether, last, the probability of the most probable class.
+        confidence: whether, behind that, the probability of the most probable class.
+        margin: whether, last, how far the largest logit but the first class's is above that one;
+            minus infinity outside the source's field of view.
     """
 
     classes: tuple[int, ...] = ()
     entropy: bool = False
     confidence: bool = False
+    margin: bool = False
 
     @property
     def n(self) -> int:
         """How many there are."""
-        return len(self.classes) + self.entropy + self.confidence
+        return len(self.classes) + self.entropy + self.confidence + self.margin
+
+    @property
+    def outside(self) -> Float32Array:
+        """What each is where nothing was seen: surely the first class."""
+        sure = [
+            *(index == 0 for index in self.classes),
+            *[0] * self.entropy,
+            *[1] * self.confidence,
+        ]
+        return np.array([*sure, *[-np.inf] * self.margin], dtype=np.float32)
 
     def of(self, logits: Float32Array) -> Float32Array:
         """The maps (maps, voxels) of logits (voxels, classes)."""
+        result = np.empty((self.n, len(logits)), dtype=np.float32)
+        if self.margin:
+            np.subtract(logits[:, 1:].max(axis=1), logits[:, 0], out=result[-1])
+        if not (self.classes or self.entropy or self.confidence):
+            return result
         shifted = logits - logits.max(axis=1, keepdims=True)
         shares = np.exp(shifted)
         total = shares.sum(axis=1)
-        result = np.empty((self.n, len(logits)), dtype=np.float32)
         for row, index in zip(result, self.classes, strict=False):
             np.divide(shares[:, index], total, out=row)
         if self.entropy:
@@ -40,7 +57,7 @@ class Maps:
             np.subtract(np.log(total), shifted.sum(axis=1) / total, out=row)
             np.maximum(row, 0, out=row)
         if self.confidence:  # shares are relative to that of the most probable class
-            np.reciprocal(total, out=result[-1])
+            np.reciprocal(total, out=result[len(self.classes) + self.entropy])
         return result
 
 
@@ -54,6 +71,8 @@ class RunningSoftmax:
     def __init__(self, first: Float32Array, wanted: Maps) -> None:
         """Start with the first class."""
         self._wanted = wanted
+        self._first = first.copy() if wanted.margin else None
+        self._rival: Float32Array | None = None  # the largest but the first
         self._largest = first.copy()
         self._total = np.ones_like(first)
         self._weighted = np.zeros_like(first)  # of shares and their distance from the largest
@@ -62,6 +81,8 @@ class RunningSoftmax:
 
     def add(self, logits: Float32Array) -> None:
         """Take the next class."""
+        if self._first is not None:
+            self._rival = logits.copy() if self._rival is None else np.maximum(self._rival, logits)
         largest = np.maximum(self._largest, logits)
         gap = self._largest - largest
         before, share = np.exp(gap), np.exp(logits - largest)
@@ -83,5 +104,8 @@ class RunningSoftmax:
             entropy = np.log(self._total) - self._weighted / self._total
             np.maximum(entropy, 0, out=result[len(self._wanted.classes)])
         if self._wanted.confidence:
-            np.reciprocal(self._total, out=result[-1])
+            row = result[len(self._wanted.classes) + self._wanted.entropy]
+            np.reciprocal(self._total, out=row)
+        if self._first is not None and self._rival is not None:
+            np.subtract(self._rival, self._first, out=result[-1])
         return result

@@ -12,13 +12,10 @@ from effseg.ledger import note_run
 from effseg.plans import Plan
 from effseg.postprocess import remove_components
 from effseg.record import PLAN, RECORD, SCORES, VALIDATION, RunRecord
+from effseg.validation.smallest import stricter
 from effseg.volume import Volume
 
 TOLERANCE_MM = 1.0
-FEWEST_FINDS = 10
-"""True finds below which their smallest says nothing of how small a true one gets."""
-SAFE_SHARE = 0.8
-"""Of the smallest true find: another's may be smaller still."""
 
 
 def validate(run: str | Path, *, progress: Callable[[float, str], None] | None = None) -> Scores:
@@ -42,7 +39,7 @@ def validate(run: str | Path, *, progress: Callable[[float, str], None] | None =
     """
     loaded = load_run(run)
     folder = loaded.folder / VALIDATION
-    cases = _held_out(loaded.folder)
+    cases = held_out(loaded.folder)
     outs = [folder / f"{case.name}.nii.gz" for case in cases]
     found: list[CaseScore] = []
     for case, out in zip(cases, outs, strict=True):
@@ -66,39 +63,13 @@ def validate(run: str | Path, *, progress: Callable[[float, str], None] | None =
     return scores
 
 
-def stricter(plan: Plan, found: list[CaseScore]) -> Plan:
-    """A plan that drops what is smaller than any true find; the same one where it already does.
+def held_out(run: Path) -> list[Case]:
+    """The cases that a run held out of training.
 
-    Args:
-        plan: one without a smallest volume in its rule is left as it is.
-        found: the scores of its predictions.
+    Raises:
+        CheckpointError: if its record cannot be read, or a case is gone.
+        DataError: if the data set has moved or changed.
     """
-    rule = plan.inference.postprocess
-    finds = [
-        lesion.found_mm3
-        for case in found
-        for score in case.lesions
-        for lesion in score.lesions
-        if lesion.detected
-    ]
-    if rule.minimum_mm3 == 0 or len(finds) < FEWEST_FINDS:
-        return plan
-    limit = SAFE_SHARE * min(finds)
-    if limit <= rule.minimum_mm3:
-        return plan
-    why = (
-        f"the smallest of {len(finds)} components found rightly on validation has "
-        f"{min(finds):.3g} mm3; below {SAFE_SHARE:.0%} of that is noise"
-    )
-    inference = plan.inference.model_copy(
-        update={"postprocess": rule.model_copy(update={"minimum_mm3": limit})}
-    )
-    return plan.model_copy(
-        update={"inference": inference, "reasons": {**plan.reasons, "postprocess": why}}
-    )
-
-
-def _held_out(run: Path) -> list[Case]:
     record = RunRecord.load(run / RECORD)
     by_name = {case.name: case for case in read_dataset(record.dataset).cases}
     for name in record.validation:
