@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples" / "nodul
 
 import cluster as looking
 from agreement import adjusted_rand, agreement, follows
-from cubes import LUNG_HU, SIDE, Cubes, cut, find_nodule, hidden
+from cubes import LUNG_HU, SIDE, Cubes, enlarged, find_nodule
 from nodule import Nodule, Outline, Reading
 
 
@@ -31,38 +31,44 @@ def box_nodule(rows: int, columns: int, n_slices: int, patient: str = "P") -> No
     return Nodule(readings=(reading,), slices_mm=np.arange(20) * 2.0, pixel_mm=0.5)
 
 
-def balls(n: int) -> tuple[Cubes, np.ndarray]:
-    """Small ones and large ones, in turn, somewhat off the middle."""
+def shapes(n: int) -> tuple[Cubes, np.ndarray]:
+    """Balls and hollow balls, in turn."""
     rng = np.random.default_rng(0)
     kinds = np.arange(n) % 2
-    steps = np.ogrid[:SIDE, :SIDE, :SIDE]
 
     def found():
         for i, kind in enumerate(kinds):
-            middle = SIDE / 2 + rng.uniform(-1, 1, 3)
-            radius = (4 if kind == 0 else 9) + rng.uniform(-0.5, 0.5)
-            mask = sum((s - m) ** 2 for s, m in zip(steps, middle, strict=True)) < radius**2
-            hu = np.where(mask, 50.0, LUNG_HU) + rng.normal(0, 20, mask.shape)
-            yield f"{i}_nod1_ann0", hu, mask, None
+            yield (f"{i}_nod1_ann0", *ball(rng.uniform(8, 9), rng, hollow=kind == 1), None)
 
-    return Cubes.of(found()), kinds
+    return Cubes.of(found(), margin_mm=2.0), kinds
 
 
-def test_a_cube_is_cut_about_the_middle_and_filled_beyond() -> None:
-    array = np.arange(40**3, dtype=np.float32).reshape(40, 40, 40)
-    cube = cut(array, np.array([20.0, 20.0, 4.0]), fill=-7)
-    assert cube.shape == (SIDE,) * 3
-    assert cube[16, 16, 16] == array[20, 20, 4]
-    assert (cube[:, :, : 16 - 4] == -7).all()
-    assert (cube[:, :, 16 - 4 :] >= 0).all()
+def ball(
+    radius: float, rng: np.random.Generator, *, hollow: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """Image and mask in voxels of 1 mm, somewhat off the middle."""
+    steps = np.ogrid[:30, :32, :34]
+    middle = 16 + rng.uniform(-2, 2, 3)
+    distance2 = sum((s - m) ** 2 for s, m in zip(steps, middle, strict=True))
+    hu = np.where(distance2 < radius**2, 50.0, -950.0)
+    if hollow:
+        hu[distance2 < (0.8 * radius) ** 2] = -800.0
+    return hu + rng.normal(0, 20, hu.shape), distance2 < radius**2
 
 
-def test_what_lies_beyond_the_margin_is_hidden() -> None:
-    mask = np.zeros((SIDE,) * 3, bool)
-    mask[16, 16, 16] = True
-    shown = hidden(np.zeros(mask.shape, np.float32), mask, margin_mm=2.0) == 0
-    assert shown[16, 16, 14:19].all()
-    assert shown.sum() == 33  # a ball of radius 2
+def test_nodules_of_any_size_fill_their_cubes_and_nothing_else_is_seen() -> None:
+    rng = np.random.default_rng(0)
+    for radius in (4.0, 10.0):
+        image, mask = ball(radius, rng)
+        image[:, :, :3] = 300  # a wall
+        cube = enlarged(image, mask, margin_mm=1.0)
+        assert cube.shape == (SIDE,) * 3
+        dense = cube > -400
+        sides = np.ptp(np.argwhere(dense), axis=0) + 1
+        expected = 2 * radius / (2 * radius + 2) * SIDE
+        assert np.abs(sides - expected).max() <= 3
+        assert cube.max() < 200
+        assert (cube[0, 0] == LUNG_HU).all()
 
 
 def test_a_mask_is_known_by_its_shape_however_it_is_turned() -> None:
@@ -111,11 +117,11 @@ def test_who_was_not_rated_does_not_count() -> None:
     assert follows(np.array([0, 1, 0, 1]), np.array([1.0, 1.0, 2.0, 2.0])) == 0
 
 
-def test_codes_tell_small_balls_from_large_ones(tmp_path: Path) -> None:
-    cubes, kinds = balls(16)
+def test_codes_tell_full_balls_from_hollow_ones(tmp_path: Path) -> None:
+    cubes, kinds = shapes(16)
     voxels = torch.from_numpy(cubes.voxels)
     missed = []
-    for steps in (0, 30):
+    for steps in (0, 20):
         codec = looking.learn(voxels, steps=steps, batch=4, seed=0, width=4)
         with torch.no_grad():
             again = codec.generator(codec.encoder(voxels))
@@ -133,11 +139,12 @@ def test_codes_tell_small_balls_from_large_ones(tmp_path: Path) -> None:
 def test_the_whole_way_from_cubes_to_a_picture(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cubes, _ = balls(12)
-    for name, cube in zip(cubes.names, cubes.voxels[:, 0], strict=True):
-        hu = np.pad((cube * 650 - 350).astype(np.int16), 2, constant_values=int(LUNG_HU))
+    rng = np.random.default_rng(0)
+    names = [f"{i}_nod1_ann0" for i in range(12)]
+    for i, name in enumerate(names):
+        hu, mask = ball(4 + i / 2, rng)
         grid = effseg.Grid(shape=hu.shape)
-        for kind, array in (("images", hu), ("labels", (hu > -300).astype(np.uint8))):
+        for kind, array in (("images", hu.astype(np.int16)), ("labels", mask.astype(np.uint8))):
             path = tmp_path / "cubes" / kind / f"{name}.nii.gz"
             effseg.write_volume(effseg.Volume(array=array, grid=grid), path)
     out = tmp_path / "out"
@@ -147,7 +154,7 @@ def test_the_whole_way_from_cubes_to_a_picture(
     looking.main()
     assert (out / "clusters.png").read_bytes().startswith(b"\x89PNG")
     rows = list(csv.DictReader((out / "clusters.csv").read_text().splitlines()))
-    assert [row["nodule"] for row in rows] == sorted(cubes.names)
+    assert [row["nodule"] for row in rows] == sorted(names)
     assert {row["cluster"] for row in rows} == {"0", "1"}
     assert {row["malignancy"] for row in rows} == {"nan"}
     (size,) = csv.DictReader((out / "agreement.csv").read_text().splitlines())

@@ -92,9 +92,10 @@ def learn(voxels: Tensor, *, steps: int, batch: int, seed: int, width: int = 16)
     """
     torch.manual_seed(seed)
     codec = Codec(width)
-    rate = {"lr": 2e-4, "betas": (0.5, 0.999)}  # Radford et al.
-    making = torch.optim.Adam([*codec.encoder.parameters(), *codec.generator.parameters()], **rate)
-    telling = torch.optim.Adam(codec.discriminator.parameters(), **rate)
+    makers = [*codec.encoder.parameters(), *codec.generator.parameters()]
+    # the discriminator's rate and both betas are Radford et al.'s; telling apart is learnt sooner
+    making = torch.optim.Adam(makers, lr=1e-3, betas=(0.5, 0.999))
+    telling = torch.optim.Adam(codec.discriminator.parameters(), lr=2e-4, betas=(0.5, 0.999))
     for step in range(steps):
         real = voxels[torch.randint(len(voxels), (batch,))]
         real = real.flip([axis for axis in (2, 3, 4) if torch.rand(()) < 0.5])
@@ -115,8 +116,8 @@ def learn(voxels: Tensor, *, steps: int, batch: int, seed: int, width: int = 16)
         making.step()
         if (step + 1) % 100 == 0:
             print(
-                f"step {step + 1}: told apart {float(told):.2f}, "
-                f"given back to {float(kept):.3f}, codes to {float(read):.2f}"
+                f"step {step + 1}: told apart {told.item():.2f}, "
+                f"given back to {kept.item():.3f}, codes to {read.item():.2f}"
             )
     return codec.eval()
 
@@ -136,13 +137,15 @@ def codes_of(codec: Codec, voxels: Tensor) -> np.ndarray:
 
 
 def cluster(codes: np.ndarray, *, k: int, seed: int) -> np.ndarray:
-    """(n,) numbers of clusters by k-means, the largest cluster first."""
-    scaled = (codes - codes.mean(axis=0)) / codes.std(axis=0)
+    """(n,) numbers of clusters by k-means, the largest cluster first.
+
+    Codes stay as they are: their numbers were learnt to be of one scale.
+    """
     best, least = np.zeros(len(codes), int), np.inf
     for restart in range(RESTARTS):
         rng = np.random.default_rng((seed, restart))
-        centres, found = kmeans2(scaled, k, minit="++", rng=rng)
-        spread = float(np.square(scaled - centres[found]).sum())
+        centres, found = kmeans2(codes, k, minit="++", rng=rng)
+        spread = float(np.square(codes - centres[found]).sum())
         if len(np.unique(found)) == k and spread < least:
             best, least = found, spread
     order = np.argsort(-np.bincount(best, minlength=k), kind="stable")
@@ -196,8 +199,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("clusters"), help="a folder")
     parser.add_argument("--cubes", type=Path, help="images/ and labels/ of real cubes")
     parser.add_argument("--n", type=int, default=150, help="nodules to render without --cubes")
-    parser.add_argument("--margin-mm", type=float, default=3.0, help="shown around the outline")
-    parser.add_argument("--steps", type=int, default=800, help="of training")
+    parser.add_argument("--margin-mm", type=float, default=2.0, help="shown around the outline")
+    parser.add_argument("--steps", type=int, default=400, help="of training")
     parser.add_argument("--batch", type=int, default=16, help="cubes a step")
     parser.add_argument("--clusters", type=int, default=4)
     parser.add_argument("--shuffles", type=int, default=2000, help="of the permutation test")

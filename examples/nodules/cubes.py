@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from scipy.ndimage import distance_transform_edt
+from scipy.ndimage import distance_transform_edt, map_coordinates
 
 import effseg
 from lidc import list_patients, read_nodules
@@ -14,7 +14,7 @@ from nodule import RATINGS, Nodule
 from scene import Scanner, render_scene
 
 SIDE = 32
-"""Voxels of 1 mm along a cube's edge."""
+"""Voxels along a cube's edge."""
 
 WINDOW_HU = (-1000.0, 300.0)
 """What becomes -1 and 1."""
@@ -33,7 +33,7 @@ N_NUMBERED = 80
 
 @dataclass(frozen=True, eq=False)
 class Cubes:
-    """Nodules, each in the middle of a cube.
+    """Nodules, each filling a cube.
 
     Attributes:
         names: of each.
@@ -47,13 +47,19 @@ class Cubes:
     ratings: Mapping[str, np.ndarray]
 
     @classmethod
-    def of(cls, found: Iterator[tuple[str, np.ndarray, np.ndarray, Nodule | None]]) -> "Cubes":
-        """From names, cubes in HU that show the nodule and its margin, masks and readings."""
+    def of(
+        cls,
+        found: Iterator[tuple[str, np.ndarray, np.ndarray, Nodule | None]],
+        *,
+        margin_mm: float,
+    ) -> "Cubes":
+        """From names, images in HU, masks, both in voxels of 1 mm, and what readers said."""
         names, voxels, rows = [], [], []
         low, high = WINDOW_HU
         for name, hu, mask, nodule in found:
             names.append(name)
-            voxels.append(np.clip(2 * (hu - low) / (high - low) - 1, -1, 1))
+            cube = enlarged(hu, mask, margin_mm=margin_mm)
+            voxels.append(np.clip(2 * (cube - low) / (high - low) - 1, -1, 1))
             said = [np.nan if nodule is None else nodule.rating(rating) for rating in RATINGS]
             rows.append([np.cbrt(mask.sum() * 6 / np.pi), *said])
         return cls(
@@ -92,12 +98,9 @@ def read_cubes(folder: Path, database: Path | None, *, margin_mm: float) -> Cube
                 for volume in (effseg.read_volume(case.images[0]), effseg.read_volume(case.label))
             )
             own = [nodule for nodule in nodules if nodule.patient == patients.get(case.name)]
-            middle = np.argwhere(label > 0).mean(axis=0)
-            mask = cut(label > 0, middle, fill=False)
-            hu = hidden(cut(image, middle, fill=LUNG_HU), mask, margin_mm=margin_mm)
-            yield case.name, hu, mask, find_nodule(label > 0, own)
+            yield case.name, image, label > 0, find_nodule(label > 0, own)
 
-    return Cubes.of(cubes())
+    return Cubes.of(cubes(), margin_mm=margin_mm)
 
 
 def render_cubes(database: Path, *, n: int, seed: int, margin_mm: float) -> Cubes:
@@ -123,29 +126,29 @@ def render_cubes(database: Path, *, n: int, seed: int, margin_mm: float) -> Cube
                 scene = render_scene([nodule], rng, scanner=scanner)
                 if not scene.nodules:
                     continue  # it found no place
-                middle = np.argwhere(scene.label.array > 0).mean(axis=0)
-                mask = cut(scene.label.array > 0, middle, fill=False)
-                hu = cut(scene.image.array, middle, fill=LUNG_HU)
                 left -= 1
-                yield f"{patient}_{left}", hidden(hu, mask, margin_mm=margin_mm), mask, nodule
+                yield f"{patient}_{left}", scene.image.array, scene.label.array > 0, nodule
 
-    return Cubes.of(cubes())
-
-
-def cut(array: np.ndarray, middle: np.ndarray, *, fill: float) -> np.ndarray:
-    """The cube about a place; `fill` beyond the array."""
-    start = np.rint(middle).astype(int) - SIDE // 2
-    cube = np.full((SIDE,) * 3, fill, array.dtype)
-    low, high = np.maximum(start, 0), np.minimum(start + SIDE, array.shape)
-    there = tuple(slice(a, b) for a, b in zip(low - start, high - start, strict=True))
-    cube[there] = array[tuple(slice(a, b) for a, b in zip(low, high, strict=True))]
-    return cube
+    return Cubes.of(cubes(), margin_mm=margin_mm)
 
 
-def hidden(hu: np.ndarray, mask: np.ndarray, *, margin_mm: float) -> np.ndarray:
-    """A cube of 1 mm voxels with lung in place of what lies further from the nodule."""
+def enlarged(hu: np.ndarray, mask: np.ndarray, *, margin_mm: float) -> np.ndarray:
+    """A nodule and its margin at the size that fills a cube; lung is all around.
+
+    Sizes are no news: shape and density are to be seen, so a small nodule is enlarged.
+
+    Args:
+        hu: voxels of 1 mm.
+        mask: of the nodule, not empty.
+        margin_mm: shown around the outline.
+    """
+    places = np.argwhere(mask)
+    low, high = places.min(axis=0), places.max(axis=0)
+    step_mm = (float((high - low).max()) + 1 + 2 * margin_mm) / SIDE
     far = distance_transform_edt(~mask) > margin_mm
-    return np.where(far, np.float32(LUNG_HU), hu)
+    shown = np.where(far, np.float32(LUNG_HU), hu.astype(np.float32))
+    lines = [(c + (np.arange(SIDE) - (SIDE - 1) / 2) * step_mm) for c in (low + high) / 2]
+    return map_coordinates(shown, np.meshgrid(*lines, indexing="ij"), order=1, cval=LUNG_HU)
 
 
 def find_nodule(mask: np.ndarray, nodules: Sequence[Nodule]) -> Nodule | None:
