@@ -95,25 +95,40 @@ def test_adjusted_rand(one, other, index) -> None:
     assert adjusted_rand(np.array(one), np.array(other)) == pytest.approx(index)
 
 
+def held(clusters: np.ndarray, values: np.ndarray, diameters_mm: np.ndarray | None = None):
+    sizes = np.ones(len(values)) if diameters_mm is None else diameters_mm
+    return agreement(clusters, "margin", values, diameters_mm=sizes, shuffles=200, seed=0)
+
+
 def test_a_planted_rating_is_seen_and_noise_is_not() -> None:
     clusters = np.repeat([0, 1, 2], 20)
-    planted = np.repeat([1.0, 3.0, 5.0], 20)
-    found = agreement(clusters, "margin", planted, shuffles=200, seed=0)
+    found = held(clusters, np.repeat([1.0, 3.0, 5.0], 20))
     assert (found.rand, found.rho) == (pytest.approx(1), pytest.approx(1))
-    assert found.rand_p == found.rho_p == pytest.approx(1 / 201)
+    assert found.rand_p == found.rho_p == found.size_p == pytest.approx(1 / 201)
     assert 0 < found.rho_chance < 0.4
-    noise = np.random.default_rng(1).integers(1, 6, 60).astype(float)
-    found = agreement(clusters, "margin", noise, shuffles=200, seed=0)
-    assert found.rho_p > 0.05
-    assert found.rand_p > 0.05
+    found = held(clusters, np.random.default_rng(1).integers(1, 6, 60).astype(float))
+    assert min(found.rho_p, found.rand_p, found.size_p) > 0.05
+
+
+def test_what_follows_size_alone_is_told_from_what_goes_beyond_it() -> None:
+    rng = np.random.default_rng(0)
+    sizes = np.repeat([5.0, 10.0, 15.0, 20.0], 30)
+    clusters = (sizes > 12).astype(int)
+    by_size = np.clip(np.rint(sizes / 5 + rng.normal(0, 1, 120)), 1, 5)
+    found = held(clusters, by_size, sizes)
+    assert found.rho_p < 0.01
+    assert found.size_p > 0.05
+    beyond = rng.integers(0, 2, 120)
+    found = held(beyond, np.clip(by_size + 2 * beyond, 1, 5), sizes)
+    assert found.size_p < 0.01
 
 
 def test_who_was_not_rated_does_not_count() -> None:
     values = np.where(np.arange(30) < 12, np.arange(30) % 3, np.nan)
-    assert agreement(np.arange(30) % 2, "texture", values, shuffles=20, seed=0).n == 12
+    assert held(np.arange(30) % 2, values).n == 12
     values[3:] = np.nan
-    assert agreement(np.arange(30) % 2, "texture", values, shuffles=20, seed=0) is None
-    assert agreement(np.arange(30) % 2, "texture", np.ones(30), shuffles=20, seed=0) is None
+    assert held(np.arange(30) % 2, values) is None
+    assert held(np.arange(30) % 2, np.ones(30)) is None
     assert follows(np.array([0, 1, 0, 1]), np.array([1.0, 1.0, 2.0, 2.0])) == 0
 
 

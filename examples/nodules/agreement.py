@@ -18,6 +18,8 @@ class Agreement:
         rho: Spearman's, between rating and its mean in the nodule's cluster.
         rho_chance: its mean over shuffled ratings; the mean looks at the rating, so it is not 0.
         rho_p: share of shuffled ratings whose rho is as large.
+        size_p: the same where ratings are shuffled among nodules of similar size only, in quarters
+            of them: what is left of it when large nodules are rated otherwise than small ones.
     """
 
     rating: str
@@ -27,10 +29,17 @@ class Agreement:
     rho: float
     rho_chance: float
     rho_p: float
+    size_p: float
 
 
 def agreement(
-    clusters: np.ndarray, name: str, values: np.ndarray, *, shuffles: int, seed: int
+    clusters: np.ndarray,
+    name: str,
+    values: np.ndarray,
+    *,
+    diameters_mm: np.ndarray,
+    shuffles: int,
+    seed: int,
 ) -> Agreement | None:
     """Hold clusters against a rating; None where fewer than ten nodules or one value have it."""
     known = ~np.isnan(values)
@@ -38,13 +47,16 @@ def agreement(
     if len(said) < 10 or len(np.unique(said)) == 1:
         return None
     rng = np.random.default_rng(seed)
-    classes = np.rint(said)
-    if name == "diameter_mm":  # in quarters of all nodules
-        classes = np.searchsorted(np.quantile(said, (0.25, 0.5, 0.75)), said)
+    sizes = diameters_mm[known]
+    quarters = np.searchsorted(np.quantile(sizes, (0.25, 0.5, 0.75)), sizes)
+    classes = quarters if name == "diameter_mm" else np.rint(said)
     orders = [rng.permutation(len(said)) for _ in range(shuffles)]
+    alike = [_within(quarters, rng) for _ in range(shuffles)]
     rand, rho = adjusted_rand(found, classes), follows(found, said)
     rands = np.array([adjusted_rand(found, classes[order]) for order in orders])
-    rhos = np.array([follows(found, said[order]) for order in orders])
+    rhos, sized = (
+        np.array([follows(found, said[order]) for order in some]) for some in (orders, alike)
+    )
     return Agreement(
         rating=name,
         n=len(said),
@@ -53,7 +65,17 @@ def agreement(
         rho=rho,
         rho_chance=float(rhos.mean()),
         rho_p=_share(rhos >= rho - 1e-12),
+        size_p=_share(sized >= rho - 1e-12),
     )
+
+
+def _within(groups: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """An order that moves nothing out of its group."""
+    order = np.arange(len(groups))
+    for group in np.unique(groups):
+        (members,) = np.nonzero(groups == group)
+        order[members] = rng.permutation(members)
+    return order
 
 
 def _share(as_large: np.ndarray) -> float:

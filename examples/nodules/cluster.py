@@ -221,20 +221,23 @@ def main() -> None:
     codec = learn(voxels, steps=options.steps, batch=options.batch, seed=options.seed)
     codes = codes_of(codec, voxels)
     clusters = cluster(codes, k=options.clusters, seed=options.seed)
-    found = [
-        one
+    sizes = cubes.ratings["diameter_mm"]
+    held = (
+        agreement(
+            clusters, name, values, diameters_mm=sizes, shuffles=options.shuffles, seed=options.seed
+        )
         for name, values in cubes.ratings.items()
-        if (one := agreement(clusters, name, values, shuffles=options.shuffles, seed=options.seed))
-    ]
+    )
+    found = [one for one in held if one is not None]
     options.out.mkdir(parents=True, exist_ok=True)
     draw(options.out / "clusters.png", cubes, codec, codes, clusters)
     write_tables(options.out, cubes, clusters, found)
     print(f"{len(cubes.names)} nodules in clusters of {np.bincount(clusters).tolist()}")
-    print(f"{'rating':>18}    n   Rand     p    rho  chance     p")
+    print(f"{'rating':>18}    n   Rand     p    rho  chance     p  p, size alike")
     for one in found:
         print(
             f"{one.rating:>18} {one.n:4d} {one.rand:6.3f} {one.rand_p:5.3f} "
-            f"{one.rho:6.3f}  {one.rho_chance:6.3f} {one.rho_p:5.3f}"
+            f"{one.rho:6.3f}  {one.rho_chance:6.3f} {one.rho_p:5.3f} {one.size_p:14.3f}"
         )
     print(f"picture: {(options.out / 'clusters.png').resolve()}")
 
