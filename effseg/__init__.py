@@ -25,8 +25,10 @@ _HOME = {
     "Volume": "volume",
     "audit": "dataset",
     "choose_thresholds": "validation",
+    "compare_scores": "evaluation",
     "evaluate": "evaluation",
     "find_learning_rate": "training",
+    "find_suspects": "suspects",
     "fingerprint": "planner",
     "plan": "planner",
     "predict": "inference",
@@ -58,8 +60,10 @@ __all__ = [
     "__version__",
     "audit",
     "choose_thresholds",
+    "compare_scores",
     "evaluate",
     "find_learning_rate",
+    "find_suspects",
     "fingerprint",
     "plan",
     "predict",
@@ -84,13 +88,14 @@ if TYPE_CHECKING:
         MemoryBudgetError,
         PlanError,
     )
-    from effseg.evaluation import evaluate
+    from effseg.evaluation import compare_scores, evaluate
     from effseg.inference import Predictor, predict
     from effseg.io import read_volume, write_volume
     from effseg.planner import fingerprint, plan, tune
     from effseg.plans import Plan
     from effseg.report import write_report
     from effseg.resample import resample_like, resample_to_spacing
+    from effseg.suspects import find_suspects
     from effseg.training import TrainingState, find_learning_rate, train
     from effseg.validation import choose_thresholds, validate
     from effseg.volume import Grid, Volume

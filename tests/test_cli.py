@@ -77,6 +77,7 @@ def test_the_whole_way(tiny_dataset: Path, tiny_plan: Plan, tmp_path: Path) -> N
     said = effseg("train", tiny_dataset, "--out", run, "--plan", plan, "--epochs", 2)
     assert f"report {run / 'report.html'}" in said
     assert (run / "report.html").stat().st_size > 10_000
+    assert f"line {tmp_path / 'runs.csv'}: the first run on these data here" in said
     out = tmp_path / "predictions"
     said = effseg("predict", run, tiny_dataset / "images", "--out", out, "--memory", "1GiB")
     assert f"6 predicted, 0 failed; label maps in {out}" in said

@@ -393,6 +393,16 @@ def test_a_learning_rate_test_is_drawn_with_what_was_taken(run: Path) -> None:
     assert "1e-5 1e-4 1e-3 1e-2 1e-1 learning rate taken, 0.003" in page.text
 
 
+def test_the_line_of_a_run_says_what_it_changed(run: Path) -> None:
+    assert "Against run" not in Page(write_report(run)).text
+    (run.parent / "runs.csv").write_text(
+        f"run,parent,changes,conclusion\nother,,,\nrun,base,training.seed 0 -> 1,{NASTY}\n"
+    )
+    page = Page(write_report(run))
+    assert f"Against run base : training.seed 0 -> 1. {NASTY}" in page.text
+    assert "<script>alert" not in page.source
+
+
 def test_before_any_evaluation_the_best_validation_speaks(run: Path) -> None:
     text = Page(write_report(run)).text
     assert "0.871 best Dice on validation patches" in text

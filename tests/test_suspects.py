@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import shutil
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -125,6 +126,20 @@ def test_what_cannot_be_judged_is_refused(tmp_path: Path) -> None:
     other = Grid(shape=GRID.shape)
     with pytest.raises(GeometryError, match="differ in spacing"):
         places_of(empty, [vote(tmp_path, empty, 1.0, grid=other)])
+
+
+def test_a_whole_organ_of_disagreement_takes_a_few_maps_of_memory(tmp_path: Path) -> None:
+    grid = Grid(shape=(96, 128, 128))
+    reference, found = (np.zeros(grid.shape, np.uint8) for _ in range(2))
+    reference[20:30, 20:30, 20:30] = 1
+    found[10:90, 10:120, 10:120] = 1  # six voxels of ten
+    votes = [vote(tmp_path, found, 0.9, grid=grid) for _ in range(3)]
+    tracemalloc.start()
+    places = find_places(Volume(reference, grid), votes, agreement=1.0, tolerance_mm=1.0)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert places[0].volume_mm3 > found.sum() * 0.9
+    assert peak < 16 * grid.n_voxels  # a coordinate of every voxel alone would be 24
 
 
 def test_how_sure_a_network_is_lies_beside_its_labels(

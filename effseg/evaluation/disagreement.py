@@ -14,6 +14,7 @@ from scipy import ndimage
 from scipy.spatial import KDTree
 
 from effseg.errors import DataError, GeometryError
+from effseg.evaluation.overlap import present_labels
 from effseg.evaluation.surface import TOLERANCE_SLACK
 from effseg.io import SlabReader
 from effseg.postprocess import Component, foreground_box, label_components
@@ -178,12 +179,10 @@ def _agreed(
 def _drop_near(against: Array, truth: Array, grid: Grid, tolerance_mm: float) -> Slices3 | None:
     """Make 0 of what lies near the reference's own voxels of that label; the box of the rest."""
     limit = tolerance_mm * (1 + TOLERANCE_SLACK)
-    for code in np.unique(against):
-        if code == 0:
+    for code in present_labels(against) if limit else ():
+        box = None if code == 0 else foreground_box(against == code)
+        if box is None:
             continue
-        found = against == code
-        box = foreground_box(found)
-        assert box is not None
         near = _grown(box, grid, limit)
         same = truth[near] == code - 1
         # Whatever is nearest to a voxel outside of a mask has a neighbour outside of it, too.
@@ -191,12 +190,14 @@ def _drop_near(against: Array, truth: Array, grid: Grid, tolerance_mm: float) ->
         targets = np.argwhere(same)
         if not len(targets):
             continue
-        points = np.argwhere(found[near])
-        distances, _ = KDTree(targets * grid.spacing).query(
-            points * grid.spacing, distance_upper_bound=limit
-        )
-        z, y, x = points[np.isfinite(distances)].T
-        against[near][z, y, x] = 0
+        tree = KDTree(targets * grid.spacing)
+        # Plane by plane: a point takes 24 bytes, and there may be a whole organ of them.
+        for z, plane in enumerate(against[near]):
+            y, x = np.nonzero(plane == code)
+            points = np.stack([np.full_like(y, z), y, x], axis=1) * grid.spacing
+            distances, _ = tree.query(points, distance_upper_bound=limit)
+            close = np.isfinite(distances)
+            plane[y[close], x[close]] = 0
     return foreground_box(against)
 
 
@@ -216,15 +217,17 @@ def _pairs(truth: Array, against: Array) -> tuple[list[tuple[int, int]], Array]:
 
     The map is of 16 bits: more pairs than that come from no label map.
     """
-    kept = against > 0
-    pairs, inverse = np.unique(
-        np.stack([truth[kept].astype(np.int64), against[kept].astype(np.int64) - 1]),
-        axis=1,
-        return_inverse=True,
-    )
-    codes = np.zeros(against.shape, np.uint16)
-    codes[kept] = inverse.ravel() + 1
-    return [(int(a), int(b)) for a, b in pairs.T], codes
+    width = int(against.max()) + 1
+    found: Array = np.zeros(0, dtype=np.int64)
+    for plane, codes in zip(truth, against, strict=True):
+        kept = codes > 0
+        found = np.union1d(found, plane[kept].astype(np.int64) * width + codes[kept])
+    numbers = np.zeros(against.shape, np.uint16)
+    for plane, codes, out in zip(truth, against, numbers, strict=True):
+        kept = codes > 0
+        keys = plane[kept].astype(np.int64) * width + codes[kept]
+        out[kept] = np.searchsorted(found, keys) + 1
+    return [(key // width, key % width - 1) for key in found.tolist()], numbers
 
 
 def _sums(
@@ -252,11 +255,20 @@ def _sums(
 
 def _point(numbers: Array, number: int, component: Component, grid: Grid) -> Point:
     """The voxel of a component next to its centre, in the world."""
-    corner = np.asarray([part.start for part in component.box])
-    voxels = np.argwhere(numbers[component.box] == number) + corner
-    off = ((voxels - np.asarray(component.centroid_index)) ** 2).sum(axis=1)
-    z, y, x = grid.index_to_world(voxels[off.argmin()]).tolist()
-    return z, y, x
+    middle = np.asarray(component.centroid_index)
+    starts = [part.start for part in component.box]
+    nearest, least = middle, math.inf
+    for z, plane in enumerate(numbers[component.box], start=starts[0]):
+        y, x = np.nonzero(plane == number)
+        if not y.size:
+            continue
+        off = (y + starts[1] - middle[1]) ** 2 + (x + starts[2] - middle[2]) ** 2
+        i = int(off.argmin())
+        if off[i] + (z - middle[0]) ** 2 < least:
+            least = float(off[i]) + (z - middle[0]) ** 2
+            nearest = np.asarray([z, y[i] + starts[1], x[i] + starts[2]])
+    z_mm, y_mm, x_mm = grid.index_to_world(nearest).tolist()
+    return z_mm, y_mm, x_mm
 
 
 def _reader(path: Path, grid: Grid) -> SlabReader:
