@@ -6,18 +6,20 @@ models' common mistake.
 """
 
 import csv
+import hashlib
 import io
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from effseg.dataset import Case, Dataset, read_dataset, read_label
-from effseg.errors import DataError
+from effseg.errors import CheckpointError, DataError
 from effseg.evaluation.disagreement import SuspectCase, Vote, find_places
 from effseg.files import write_text_whole
 from effseg.inference import load_run, predict
 from effseg.plans import Plan
-from effseg.record import PLAN, RECORD, RunRecord
+from effseg.record import PLAN, RECORD, WEIGHTS, RunRecord
 
 AGREEMENT = 0.75
 """Of three models or fewer all must agree, of four three."""
@@ -27,6 +29,8 @@ TOLERANCE_MM = 2.0
 
 TABLE = "suspects.csv"
 PREDICTIONS = "predictions"
+CLAIM = "judges.json"
+"""Says which runs' predictions a folder holds."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,9 @@ def find_suspects(
 ) -> Suspects:
     """Judge each labelled case by the runs that trained neither on it nor on its patient.
 
+    Where an earlier call with these runs was stopped, its predictions are kept and the rest is
+    made; so is all of them where only `agreement` or `tolerance_mm` has changed.
+
     One network is loaded at a time. Label maps and how sure the network is are written as
     `predict` writes them and read slab by slab; of a case its reference and two label maps of its
     size are held at once.
@@ -75,7 +82,7 @@ def find_suspects(
     Args:
         runs: folders of runs on one data set, such as its folds, or seeds of these.
         dataset: the data set or its folder or CSV.
-        out: a folder for `suspects.csv` and the predictions; it must not hold anything yet.
+        out: a folder for `suspects.csv` and the predictions, new or of an earlier call.
         memory: of each prediction, as `predict` takes it.
         device: as `predict` takes it.
         agreement: share of a case's models that must say the same, above a half.
@@ -87,13 +94,11 @@ def find_suspects(
 
     Raises:
         DataError: if the runs are not of this data set, have different labels, or trained on every
-            case; or `out` is taken.
+            case; or `out` holds something else.
         CheckpointError: if one is no run.
     """
     found = dataset if isinstance(dataset, Dataset) else read_dataset(dataset)
     out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise DataError(f"{out}: not empty; name a new folder for the predictions and the table")
     judges, plan = _judges(runs, found)
     labelled = [case for case in found.cases if case.label is not None]
     n_predictions = sum(len(judge.cases) for judge in judges)
@@ -102,6 +107,7 @@ def find_suspects(
             f"each of {len(judges)} runs trained on all of {len(labelled)} cases; add runs of "
             "other folds"
         )
+    _claim(out, judges, found)
     tell = progress or (lambda *_: None)
     votes: dict[str, list[tuple[str, Vote]]] = {}
     n_done = 0
@@ -163,8 +169,37 @@ def _votes(
     run = load_run(judge.folder)
     for case in judge.cases:
         labels = folder / judge.name / f"{case.name}.nii.gz"
-        predict(run, case, out=labels, memory=memory, device=device, confidence=True)
+        if not labels.exists():  # its name is the last that a prediction gives
+            predict(run, case, out=labels, memory=memory, device=device, confidence=True)
         yield case, Vote(labels, labels.parent / "confidence" / labels.name)
+
+
+def _claim(out: Path, judges: Sequence[_Judge], dataset: Dataset) -> None:
+    """Say in the folder whose predictions it holds; refuse one that holds another's."""
+    told = json.dumps(
+        {"data": str(dataset.root.resolve()), "runs": {j.name: _digest(j.folder) for j in judges}},
+        indent=2,
+    )
+    path = out / CLAIM
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        write_text_whole(path, told + "\n")
+    elif not path.is_file() or path.read_text(encoding="utf-8").strip() != told:
+        raise DataError(
+            f"{out}: not empty, and not of these runs and data; name a new folder for the "
+            "predictions and the table"
+        )
+
+
+def _digest(run: Path) -> str:
+    """Of the plan and the weights, which a prediction depends on."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name in (PLAN, WEIGHTS):
+        path = run / name
+        if not path.is_file():
+            raise CheckpointError(f"{run}: no {name}; expected a run that has finished an epoch")
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "blake2b").digest())
+    return digest.hexdigest()
 
 
 def _judged(

@@ -203,8 +203,16 @@ def test_each_case_is_judged_by_the_runs_that_did_not_train_on_it(
     assert re.findall(r'data-case="(\w+)"', page)[0] == "ball_1"
     assert page.count('class="prediction"') >= 3
     assert page.count('class="other"') >= 3
-    with pytest.raises(DataError, match="not empty; name a new folder"):
-        find_suspects(runs, data, out=out)
+    # a prediction that is lost is made again, the others stay; another run's folder is refused
+    lost, kept = (out / "predictions" / "2_fold_1" / f"ball_{i}.nii.gz" for i in (1, 2))
+    lost.unlink()
+    before = kept.stat().st_mtime_ns
+    again = find_suspects(runs, data, out=out, tolerance_mm=500.0)
+    assert lost.exists()
+    assert kept.stat().st_mtime_ns == before
+    assert {place.models_label for case in again.cases for place in case.places} <= {2}
+    with pytest.raises(DataError, match="not empty, and not of these runs and data"):
+        find_suspects(runs[:1], data, out=out)
 
 
 def test_runs_of_other_data_or_labels_do_not_judge(

@@ -165,14 +165,18 @@ def _agreed(
         start, first = slabs[0]
         planes = slice(start, start + len(first))
         truth = reference.array[planes]
-        for value in np.unique(np.concatenate([np.unique(slab) for _, slab in slabs])):
-            n = np.zeros(first.shape, np.uint16)
-            for _, slab in slabs:
-                n += slab == value
-            agreed = (n >= needed) & (truth != value)
-            if ignore_label is not None:
-                agreed &= truth != ignore_label
-            against[planes][agreed] = int(value) + 1
+        differs = np.zeros(first.shape, bool)
+        for _, slab in slabs:
+            differs |= slab != truth
+        if ignore_label is not None:
+            differs &= truth != ignore_label
+        cast = np.stack([slab[differs] for _, slab in slabs])
+        expected = truth[differs]
+        said = np.zeros(expected.size, against.dtype)
+        for value in present_labels(cast):
+            agreed = (cast == value).sum(axis=0) >= needed
+            said[agreed & (expected != value)] = value + 1
+        against[planes][differs] = said
     return against
 
 

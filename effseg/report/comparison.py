@@ -6,7 +6,7 @@ from pathlib import Path
 
 from effseg.evaluation import Change, Comparison, Interval, Metric, mean_interval
 from effseg.evaluation.comparison import HIGH_IS_BETTER
-from effseg.evaluation.intervals import LEVEL, N_RESAMPLES
+from effseg.evaluation.intervals import LEVEL, N_RESAMPLES, SEED
 from effseg.files import write_text_whole
 from effseg.ledger import Scored, list_changes
 from effseg.plans import Plan, format_bytes
@@ -124,6 +124,7 @@ def write_comparison(
         ],
         "n_resamples": f"{N_RESAMPLES:,}",
         "level": f"{LEVEL:.0%}",
+        "seed": SEED,
         "ignored": scored[0].scores.ignore_label is not None,
     }
     return write_text_whole(out, render("comparison.html", context))
