@@ -242,6 +242,27 @@ def test_the_verb_tells_of_tests_changes_and_the_page(
     assert "IoU of <b>2 runs</b>" in out.read_text()
 
 
+def test_folds_in_one_folder_are_compared_as_one(tiny_plan: Plan, tmp_path: Path) -> None:
+    parts = ({"p": 0.5, "q": 0.6}, {"r": 0.7})
+    for recipe, step in (("a", 0.0), ("b", 0.1)):
+        for number, part in enumerate(parts):
+            run = tmp_path / recipe / f"fold_{number}"
+            tiny_plan.save(run / "plan.json")
+            scores = make_scores({name: [dice + step] for name, dice in part.items()})
+            scores.save(run / "validation" / "metrics.json")
+    scored = [read_scored(tmp_path / recipe) for recipe in "ab"]
+    made = compare_two(scored[0].scores, scored[1].scores)
+    assert (made.n_shared, made.rows[0].difference) == (3, pytest.approx(0.1))
+    assert scored[0].plan == tiny_plan
+    again = tmp_path / "a" / "fold_1" / "validation" / "metrics.json"
+    make_scores({"q": [0.1], "r": [0.2]}).save(again)
+    with pytest.raises(DataError, match=r"case q is scored in .*fold_0 and in .*fold_1"):
+        read_scored(tmp_path / "a")
+    make_scores({"r": [0.2]}, ignore_label=7).save(again)
+    with pytest.raises(DataError, match=r"ignore_label None and .* with 7; score both alike"):
+        read_scored(tmp_path / "a")
+
+
 def test_a_run_is_read_by_its_validation_and_says_what_it_changed(
     tiny_run: Path, tmp_path: Path
 ) -> None:

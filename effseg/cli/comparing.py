@@ -29,8 +29,8 @@ def compare(
     runs: Annotated[
         list[Path],
         typer.Argument(
-            help="two or more runs, folders with a metrics.json, or such files; each is held "
-            "against the first",
+            help="two or more runs, folders that hold the runs of several folds, folders with a "
+            "metrics.json, or such files; each is held against the first",
             metavar="RUN RUN...",
         ),
     ],
