@@ -1,6 +1,7 @@
 """How many windows a pass takes is told by timing, and changes no label."""
 
 import logging
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +12,8 @@ import torch
 from test_stream_files import Counting, image
 from torch import Tensor, nn
 
-from effseg.inference import Predictor, forecast, load_run, pace, predict
+from effseg.inference import Predictor, budget, forecast, load_run, pace, predict
+from effseg.inference.budget import most_windows
 from effseg.inference.pace import MOST_WINDOWS, Pace
 from effseg.networks import build_network
 from effseg.plans import NetworkConfig
@@ -84,6 +86,11 @@ def test_the_first_pass_of_a_size_and_passes_of_fewer_windows_do_not_count(clock
     assert len(waits) == 6  # a device is waited for only while something is found out
 
 
+def assert_few_differ(labels: np.ndarray, expected: np.ndarray) -> None:
+    """But for ties: one window alone is convolved by another kernel than several."""
+    assert np.count_nonzero(labels != expected) <= 1e-4 * labels.size
+
+
 class Seen(nn.Module):
     """A network that notes how many windows it is given."""
 
@@ -97,22 +104,33 @@ class Seen(nn.Module):
         return self.network(x)
 
 
-def test_a_predictor_tries_sizes_only_where_a_budget_gives_room() -> None:
-    x = image(64, 20, 20)
-    expected = Predictor(Counting(), (8, 8, 8), window_batch=1).predict(x).array
+def test_sizes_are_tried_as_far_as_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, patch = image(80, 20, 200), (8, 20, 80)
+    wide = (68, 68, 68)
+    assert [
+        most_windows(None, size, kind, budget_bytes)
+        for size, kind, budget_bytes in [
+            ((8, 8, 8), "cpu", None),
+            (patch, "cpu", None),
+            (wide, "cpu", None),
+            (wide, "cpu", 1),
+            (wide, "cuda", None),
+        ]
+    ] == [4, 4, 1, 4, 16]
+    expected = Predictor(Counting(), patch, window_batch=1).predict(x).array
+    monkeypatch.setattr(budget, "USUAL_VOXELS", math.prod(patch))
     for memory, most in ((None, 1), ("1GiB", MOST_WINDOWS["cpu"])):
         seen = Seen(Counting())
-        predictor = Predictor(seen, (8, 8, 8), memory=memory)
-        np.testing.assert_array_equal(predictor.predict(x).array, expected)
-        tried = [1, 2, 4][: 1 + (most > 1)]
-        assert seen.sizes[:1] == [1]
-        assert set(tried) <= set(seen.sizes) <= {1, 2, most}
+        predictor = Predictor(seen, patch, memory=memory)
+        assert_few_differ(predictor.predict(x).array, expected)
+        assert seen.sizes[0] == 1
+        assert {1, min(2, most)} <= set(seen.sizes) <= {1, 2, most} - {2 * (most == 1)}
         before = len(seen.sizes)
-        np.testing.assert_array_equal(predictor.predict(x).array, expected)
+        assert_few_differ(predictor.predict(x).array, expected)
         if most > 1:  # what was found is kept
             assert len(set(seen.sizes[before:])) <= 2
     seen = Seen(Counting())
-    Predictor(seen, (8, 8, 8), window_batch=3, memory="1GiB").predict(x)
+    Predictor(seen, patch, window_batch=3, memory="1GiB").predict(x)
     assert max(seen.sizes) == 3
 
 
@@ -121,10 +139,10 @@ def test_a_run_times_its_windows_once_for_all_images(tiny_run: Path) -> None:
     assert run.plan.inference.window_batch is None
     volume = Volume(array=image(48, 40, 40), grid=Grid((48, 40, 40)))
     expected = predict(run, volume)
-    assert forecast(run, volume.grid).window_batch == 1
+    assert forecast(run, volume.grid).window_batch == MOST_WINDOWS["cpu"]
     for _ in range(2):
         got = predict(run, volume, memory="1GiB")
-        assert np.count_nonzero(got.array != expected.array) <= 1  # ties of sums of another order
+        assert_few_differ(got.array, expected.array)
     found = run.pace(("cpu", False, 1))
     assert found.windows(1) == 1
     assert found.windows(MOST_WINDOWS["cpu"]) in (1, 2, 4)

@@ -461,6 +461,7 @@ def test_ways_are_tried_from_the_fastest_to_the_least(tiny_plan: Plan) -> None:
         n_channels=1,
         n_blended=8,
         patch_size=(32, 32, 32),
+        overlap=0.5,
         window_batch=4,
         mirrored=False,
         label_bytes=1,
@@ -483,6 +484,8 @@ def test_ways_are_tried_from_the_fastest_to_the_least(tiny_plan: Plan) -> None:
     assert choose(ways, budget_bytes=least, free_bytes=None).peak_bytes == least
     with pytest.raises(MemoryBudgetError, match=f"{-(-least // 2**20)}MiB would do"):
         choose(ways, budget_bytes=least - 1, free_bytes=None)
+    long = replace(demand, frame=lambda axis: Frame.of(Grid((200, 32, 40)), tiny_plan, axis=axis))
+    assert next(forecasts(long)).window_batch == 2  # no more lie side by side
     cuda = list(forecasts(replace(demand, kind="cuda")))
     assert [way.sums for way in cuda[::6]] == ["device", "host", "disk"]
     assert all(way.device_bytes > 0 for way in cuda)

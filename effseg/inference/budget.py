@@ -15,13 +15,17 @@ from effseg.plans import format_bytes
 from effseg.postprocess import COMPONENT_BYTES
 from effseg.preprocess import Frame, preparing_bytes
 from effseg.resample import SLAB_PLANES, labelling_bytes
-from effseg.tiling import frontier, padded_shape, sweep_axis
+from effseg.tiling import frontier, padded_shape, sweep_axis, window_starts
 from effseg.types import Shape3
 
 logger = logging.getLogger("effseg")
 
 RUNTIME_BYTES = 12 << 20
 """What libraries keep of their own once they were used: threads, kernels, heaps in pieces."""
+
+USUAL_VOXELS = 64**3
+"""Of a window. On a CPU torch convolves one window of at most 20480 channels x planes x rows by
+other kernels than several: 16^3 voxels of 16 channels took three times as long a window."""
 
 Sums = Literal["device", "host", "disk"]
 Reading = Literal["given", "whole", "streamed"]
@@ -39,6 +43,7 @@ class Demand:
         n_channels: of the image.
         n_blended: channels of what is blended, features or logits.
         patch_size: of a window.
+        overlap: of two windows, a share.
         window_batch: windows in one pass, at most.
         mirrored: whether windows are also seen mirrored.
         label_bytes: of one label.
@@ -58,6 +63,7 @@ class Demand:
     n_channels: int
     n_blended: int
     patch_size: Shape3
+    overlap: float
     window_batch: int
     mirrored: bool
     label_bytes: int
@@ -70,17 +76,25 @@ class Demand:
     weight_bytes: int
 
 
-def most_windows(window_batch: int | None, kind: DeviceKind, budget_bytes: int | None) -> int:
-    """How many windows a pass may take, memory aside.
+def most_windows(
+    window_batch: int | None, patch_size: Shape3, kind: DeviceKind, budget_bytes: int | None
+) -> int:
+    """How many windows a pass may take, where there is memory for them.
 
     Args:
         window_batch: as a plan says; None: what is fastest, told by timing.
+        patch_size: of a window.
         kind: of the device.
-        budget_bytes: what may be taken; None: nobody said, and a CPU's memory is others' too.
+        budget_bytes: what may be taken; None: nobody said, and a CPU's memory is others' too, so
+            that no more windows are passed than are about as large as one of usual size.
     """
     if window_batch is not None:
         return window_batch
-    return 1 if kind == "cpu" and budget_bytes is None else MOST_WINDOWS[kind]
+    most = MOST_WINDOWS[kind]
+    if kind == "cpu" and budget_bytes is None:
+        while most > 1 and most * math.prod(patch_size) > USUAL_VOXELS:
+            most //= 2
+    return most
 
 
 @dataclass(frozen=True)
@@ -158,7 +172,7 @@ def forecasts(demand: Demand) -> Iterator[Forecast]:
     elif demand.is_file:
         ways = [("whole", best), ("streamed", along_file)]
     sums: list[Sums] = ["device", "host", "disk"] if demand.kind == "cuda" else ["host", "disk"]
-    batches = [demand.window_batch]
+    batches = [min(demand.window_batch, max(_layer(demand, frame) for _, frame in ways))]
     while batches[-1] > 1:
         batches.append(batches[-1] // 2)
     for where, batch, (reading, frame) in product(sums, batches, ways):
@@ -197,6 +211,16 @@ def choose(
         f"the budget is {format_bytes(budget_bytes)}; "
         f"--memory {-(-least.peak_bytes // 2**20)}MiB would do"
     )
+
+
+def _layer(demand: Demand, frame: Frame) -> int:
+    """How many windows start at one place of the axis they are swept along: a pass' most."""
+    shape = padded_shape(frame.grid.shape, demand.patch_size)
+    counts = [
+        len(window_starts(n, window, overlap=demand.overlap))
+        for n, window in zip(shape, demand.patch_size, strict=True)
+    ]
+    return math.prod(counts) // counts[frame.axis]
 
 
 def _forecast(

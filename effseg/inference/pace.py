@@ -9,7 +9,7 @@ from effseg.devices import DeviceKind
 logger = logging.getLogger("effseg")
 
 MOST_WINDOWS: dict[DeviceKind, int] = {"cpu": 4, "cuda": 16}
-"""In a pass that is timed. A CPU's convolutions keep every core busy with one window already."""
+"""In a pass that is timed."""
 
 N_TIMED = 2
 """Passes of a size, of which the shortest counts; one before them finds kernels and warms up."""

@@ -65,7 +65,7 @@ class Predictor:
         tta: average over the 8 mirrors.
         device: where the network runs, "cpu", "cuda" or "cuda:1".
         window_batch: windows in one pass; None: as many as are fastest, told by timing 1, 2, 4, ...
-            as far as `memory` has room; on a CPU without a budget 1.
+            as far as `memory` has room; on a CPU without a budget only small windows are joined.
         precision: autocast type; "float32" switches autocast off.
         skip_constant: run windows of one constant value, such as clipped air, once for all that
             have the same; the result is the same.
@@ -190,7 +190,8 @@ class Predictor:
             n_channels=given.n_channels,
             n_blended=self._blending.n_blended(given.n_channels),
             patch_size=self.patch_size,
-            window_batch=most_windows(self.window_batch, kind, self.memory),
+            overlap=self.overlap,
+            window_batch=most_windows(self.window_batch, self.patch_size, kind, self.memory),
             mirrored=len(self.mirrors) > 1,
             label_bytes=label_bytes,
             keeps_labels=out is None,
@@ -262,6 +263,7 @@ class Predictor:
             DataError: from the slabs, if a value is not finite: no label can be trusted then.
         """
         source = image if isinstance(image, ImageSource) else ArraySource(image)
+        kind = device_kind(self.device.type)
         blend = self._blending.of(source.n_channels)
         sweep = Sweep.over(
             padded_shape(source.shape, self.patch_size),
@@ -275,7 +277,7 @@ class Predictor:
             sweep=sweep,
             passes=partial(self._passes, blend, sums=sums),
             window_batch=window_batch
-            or most_windows(self.window_batch, device_kind(self.device.type), None),
+            or most_windows(self.window_batch, self.patch_size, kind, None),
             pace=self.pace if self.window_batch is None else None,
             n_blended=lambda: self._blending.n_blended(source.n_channels),
             start=start,

@@ -25,7 +25,7 @@ class InferenceConfig(Config):
         None,
         ge=1,
         description="windows in one pass; null: as many as are fastest, told by timing 1, 2, 4, "
-        "... as far as the budget has room; 1 on a CPU without a budget",
+        "... as far as the budget has room; without a budget a CPU joins small windows only",
     )
     thresholds: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field(
         (),
