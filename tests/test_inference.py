@@ -152,7 +152,7 @@ def test_a_run_is_traced_once_for_all_its_images(
     predict(run, tiny_dataset / "images" / "ball_0.nii.gz")
     predict(run, tiny_dataset / "images" / "ball_1.nii.gz")
     forecast(run, Grid(shape=(64, 64, 64)), device="cuda")
-    forecast(run, Grid(shape=(32, 32, 32)), device="cuda:1")
+    forecast(run, Grid(shape=(96, 64, 64)), device="cuda:1")
     assert traced == ["cpu", "cuda"]
 
 

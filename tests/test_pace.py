@@ -104,34 +104,31 @@ class Seen(nn.Module):
         return self.network(x)
 
 
-def test_sizes_are_tried_as_far_as_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    x, patch = image(80, 20, 200), (8, 20, 80)
-    wide = (68, 68, 68)
-    assert [
-        most_windows(None, size, kind, budget_bytes)
-        for size, kind, budget_bytes in [
-            ((8, 8, 8), "cpu", None),
-            (patch, "cpu", None),
-            (wide, "cpu", None),
-            (wide, "cpu", 1),
-            (wide, "cuda", None),
-        ]
-    ] == [4, 4, 1, 4, 16]
+@pytest.mark.parametrize(
+    ("side", "kind", "most"), [(8, "cpu", 4), (48, "cpu", 2), (64, "cpu", 1), (96, "cuda", 16)]
+)
+def test_a_cpu_joins_small_windows_alone(side, kind, most) -> None:
+    assert most_windows(None, (side, side, side), kind) == most
+    assert most_windows(3, (side, side, side), kind) == 3
+
+
+def test_sizes_are_tried_and_what_was_found_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, patch = image(64, 20, 20), (8, 8, 8)
     expected = Predictor(Counting(), patch, window_batch=1).predict(x).array
-    monkeypatch.setattr(budget, "USUAL_VOXELS", math.prod(patch))
-    for memory, most in ((None, 1), ("1GiB", MOST_WINDOWS["cpu"])):
-        seen = Seen(Counting())
-        predictor = Predictor(seen, patch, memory=memory)
-        assert_few_differ(predictor.predict(x).array, expected)
-        assert seen.sizes[0] == 1
-        assert {1, min(2, most)} <= set(seen.sizes) <= {1, 2, most} - {2 * (most == 1)}
-        before = len(seen.sizes)
-        assert_few_differ(predictor.predict(x).array, expected)
-        if most > 1:  # what was found is kept
-            assert len(set(seen.sizes[before:])) <= 2
     seen = Seen(Counting())
-    Predictor(seen, patch, window_batch=3, memory="1GiB").predict(x)
-    assert max(seen.sizes) == 3
+    predictor = Predictor(seen, patch, memory="1GiB")
+    assert_few_differ(predictor.predict(x).array, expected)
+    assert seen.sizes[0] == 1
+    assert {1, 2} <= set(seen.sizes) <= {1, 2, 4}
+    times = [len(found) for found in predictor.pace._seconds.values()]
+    assert_few_differ(predictor.predict(x).array, expected)
+    if predictor.pace.windows(2) == 1 or 4 in predictor.pace._seconds:
+        assert [len(found) for found in predictor.pace._seconds.values()] == times
+    monkeypatch.setattr(budget, "USUAL_VOXELS", math.prod(patch))
+    for window_batch, most in ((None, 1), (3, 3)):
+        seen = Seen(Counting())
+        Predictor(seen, patch, window_batch=window_batch, memory="1GiB").predict(x)
+        assert max(seen.sizes) == most
 
 
 def test_a_run_times_its_windows_once_for_all_images(tiny_run: Path) -> None:

@@ -76,24 +76,21 @@ class Demand:
     weight_bytes: int
 
 
-def most_windows(
-    window_batch: int | None, patch_size: Shape3, kind: DeviceKind, budget_bytes: int | None
-) -> int:
+def most_windows(window_batch: int | None, patch_size: Shape3, kind: DeviceKind) -> int:
     """How many windows a pass may take, where there is memory for them.
 
     Args:
-        window_batch: as a plan says; None: what is fastest, told by timing.
+        window_batch: as a plan says; None: what is fastest, told by timing. On a CPU no more are
+            tried than are together as large as one of usual size: more take memory and no less
+            time.
         patch_size: of a window.
         kind: of the device.
-        budget_bytes: what may be taken; None: nobody said, and a CPU's memory is others' too, so
-            that no more windows are passed than are about as large as one of usual size.
     """
     if window_batch is not None:
         return window_batch
     most = MOST_WINDOWS[kind]
-    if kind == "cpu" and budget_bytes is None:
-        while most > 1 and most * math.prod(patch_size) > USUAL_VOXELS:
-            most //= 2
+    while kind == "cpu" and most > 1 and most * math.prod(patch_size) > USUAL_VOXELS:
+        most //= 2
     return most
 
 

@@ -65,7 +65,7 @@ class Predictor:
         tta: average over the 8 mirrors.
         device: where the network runs, "cpu", "cuda" or "cuda:1".
         window_batch: windows in one pass; None: as many as are fastest, told by timing 1, 2, 4, ...
-            as far as `memory` has room; on a CPU without a budget only small windows are joined.
+            as far as `memory` has room; on a CPU only windows of less than 64^3 are joined.
         precision: autocast type; "float32" switches autocast off.
         skip_constant: run windows of one constant value, such as clipped air, once for all that
             have the same; the result is the same.
@@ -191,7 +191,7 @@ class Predictor:
             n_blended=self._blending.n_blended(given.n_channels),
             patch_size=self.patch_size,
             overlap=self.overlap,
-            window_batch=most_windows(self.window_batch, self.patch_size, kind, self.memory),
+            window_batch=most_windows(self.window_batch, self.patch_size, kind),
             mirrored=len(self.mirrors) > 1,
             label_bytes=label_bytes,
             keeps_labels=out is None,
@@ -276,8 +276,7 @@ class Predictor:
             source=source,
             sweep=sweep,
             passes=partial(self._passes, blend, sums=sums),
-            window_batch=window_batch
-            or most_windows(self.window_batch, self.patch_size, kind, None),
+            window_batch=window_batch or most_windows(self.window_batch, self.patch_size, kind),
             pace=self.pace if self.window_batch is None else None,
             n_blended=lambda: self._blending.n_blended(source.n_channels),
             start=start,

@@ -105,7 +105,6 @@ class Task:
             file_voxel_bytes=given.voxel_bytes,
             n_maps=maps.n,
             files_bytes=self.files_bytes,
-            budget_bytes=self.budget_bytes,
         )
         way = choose(
             forecasts(demand),
@@ -168,7 +167,6 @@ def demand_of(
     file_voxel_bytes: int,
     files_bytes: int,
     n_maps: int = 0,
-    budget_bytes: int | None = None,
 ) -> Demand:
     """What memory depends on when some runs label an image on this grid."""
     plan, kind = runs[0].plan, device_kind(device)
@@ -188,7 +186,7 @@ def demand_of(
         n_blended=n_blended,
         patch_size=plan.patch_size,
         overlap=plan.inference.overlap,
-        window_batch=most_windows(plan.inference.window_batch, plan.patch_size, kind, budget_bytes),
+        window_batch=most_windows(plan.inference.window_batch, plan.patch_size, kind),
         mirrored=tta,
         label_bytes=np.min_scalar_type(max(label.value for label in plan.labels)).itemsize,
         keeps_labels=not writes,

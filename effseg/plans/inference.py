@@ -25,7 +25,8 @@ class InferenceConfig(Config):
         None,
         ge=1,
         description="windows in one pass; null: as many as are fastest, told by timing 1, 2, 4, "
-        "... as far as the budget has room; without a budget a CPU joins small windows only",
+        "... as far as the budget has room (on a CPU, windows of less than 64^3 alone); a number "
+        "gives the same bits each time",
     )
     thresholds: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field(
         (),
