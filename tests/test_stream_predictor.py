@@ -6,6 +6,7 @@ import tracemalloc
 from collections.abc import Sequence
 from itertools import chain, combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from effseg.errors import PlanError
-from effseg.inference import Predictor, Run, forecast, predict
+from effseg.inference import Predictor, Run, forecast, mirrored_axes, predict
 from effseg.inference.headless import find_headless
 from effseg.memory import measure_peak
 from effseg.networks import NormActConv, build_network
@@ -27,7 +28,12 @@ from effseg.volume import AxisOrder, Grid, Volume
 
 TIE = 1e-4
 AXES = (2, 3, 4)
-MIRRORS = list(chain.from_iterable(combinations(AXES, n) for n in range(4)))
+
+
+def mirrors(tensor_axes: Sequence[int]) -> list[tuple[int, ...]]:
+    """Every combination of axes of (N, C, z, y, x)."""
+    found = chain.from_iterable(combinations(tensor_axes, n) for n in range(len(tensor_axes) + 1))
+    return list(found)
 
 
 class Body(nn.Module):
@@ -57,7 +63,7 @@ def in_memory(
     x: np.ndarray,
     patch: tuple[int, int, int],
     overlap: float,
-    tta: bool,
+    tta: bool | Sequence[int],
 ) -> np.ndarray:
     """Logits of all classes over the whole padded volume, summed up in float64."""
     pads = padding(x.shape[1:], patch)
@@ -69,7 +75,7 @@ def in_memory(
         passed = [
             network(window.flip(axes)).flip(axes)
             for network in networks
-            for axes in (MIRRORS if tta else [()])
+            for axes in mirrors(AXES if tta is True else tta or ())
         ]
         mean = torch.stack(passed).double().mean(0)[0].numpy()
         if not isinstance(total, np.ndarray):
@@ -328,25 +334,49 @@ def run_of(plan: Plan, n_classes: int) -> Run:
     return Run(folder=Path("nowhere"), plan=plan, network=build_network(network).eval())
 
 
+def trained_with(plan: Plan, **augment: Any) -> Plan:
+    content = plan.model_dump(mode="json")
+    content["training"]["augment"] |= augment
+    return Plan.model_validate(content)
+
+
+def test_mirrors_are_those_that_every_run_was_trained_on(tiny_plan: Plan) -> None:
+    def axes(*trained: dict[str, Any]) -> tuple[int, ...]:
+        plans = [trained_with(tiny_plan, **augment) for augment in trained]
+        return mirrored_axes([run_of(plan, 3) for plan in plans])
+
+    assert axes({"flip_axes": ["z", "x"]}) == (0, 2)
+    assert axes({"flip_axes": ["z", "x"]}, {"flip_axes": ["x"]}) == (2,)
+    assert axes({"flip_axes": ["z"], "flip": 0.0}) == ()
+    assert axes({"flip_axes": ["z"], "probability": 0.0}) == ()
+
+
+def test_an_axis_that_is_none_is_refused() -> None:
+    with pytest.raises(PlanError, match=r"tta \(3,\)"):
+        Predictor(nn.Identity(), (8, 8, 8), tta=(3,))
+
+
 @pytest.mark.parametrize("n_classes", [3, 40])
 @pytest.mark.parametrize(
     ("order", "flips", "tta"),
     [
-        ((0, 1, 2), (False, False, False), True),
-        ((2, 0, 1), (True, False, True), False),
-        ((1, 2, 0), (False, True, False), False),
+        ((0, 1, 2), (False, False, False), "x"),
+        ((2, 0, 1), (True, False, True), "zy"),
+        ((1, 2, 0), (False, True, False), ""),
     ],
 )
 def test_predictions_are_the_labels_of_whole_volumes(
     tiny_plan: Plan, n_classes, order, flips, tta
 ) -> None:
-    run = run_of(tiny_plan, n_classes)
+    # mirrors are shown along the axes that training flipped alone
+    run = run_of(trained_with(tiny_plan, flip_axes=tuple(tta)), n_classes)
     assert (run.headless is not None) == (n_classes == 40)
     grid = Grid(shape=(30, 19, 23), spacing=(1.0, 1.1, 1.3), origin=(4.0, -2.0, 9.0))
     axes = AxisOrder(order=order, flips=flips)
     volume = Volume(array=image(*grid.shape)[0], grid=grid).reordered(axes)
     prepared = prepare_image(volume, run.plan)
-    logits = in_memory([run.network], prepared.image, run.plan.patch_size, 0.5, tta)
+    flipped = [2 + "zyx".index(axis) for axis in tta]
+    logits = in_memory([run.network], prepared.image, run.plan.patch_size, 0.5, flipped)
     target = prepared.native.reordered(prepared.native.canonical_axes())
     planes = [
         resample_like(Volume(array=plane.astype(np.float32), grid=prepared.grid), target)
@@ -354,7 +384,8 @@ def test_predictions_are_the_labels_of_whole_volumes(
     ]
     canonical = np.stack([plane.array for plane in planes])
     expected = prepared.native.canonical_axes().inverse().apply(canonical)
-    got = predict(run, volume, tta=tta, postprocess=PostprocessConfig(fraction_of_largest=None))
+    rule = PostprocessConfig(fraction_of_largest=None)
+    got = predict(run, volume, tta=bool(tta), postprocess=rule)
     assert got.grid == volume.grid
     assert set(np.unique(got.array)) <= set(range(0, 2 * n_classes, 2))
     assert_same_labels(got.array // 2, expected)

@@ -23,7 +23,9 @@ def predict(
     ],
     out: Annotated[Path, typer.Option("--out", help="folder for the label maps")],
     memory: Memory = None,
-    tta: Annotated[bool, typer.Option("--tta", help="average over the 8 mirrors")] = False,
+    tta: Annotated[
+        bool, typer.Option("--tta", help="average over the mirrors that training saw")
+    ] = False,
     device: Device = None,
     shard: Annotated[
         str | None,
@@ -72,6 +74,7 @@ def predict(
         find_images,
         load_run,
         load_runs,
+        mirrored_axes,
         predict_cases,
         shard_of,
     )
@@ -82,6 +85,10 @@ def predict(
     n_models = sum(one.n_models for one in loaded)
     if n_models > 1:
         console.print(f"{n_models} models are averaged")
+    if tta:
+        axes = ", ".join("zyx"[axis] for axis in mirrored_axes(loaded))
+        trained = f"along {axes}" if axes else "along none: training flipped no patches"
+        console.print(f"mirrors are averaged {trained}")
     rough = None if coarse is None else load_run(coarse)
     cases = list(find_images(inputs, n_channels=len(loaded[0].plan.channels)).values())
     n_all = len(cases)

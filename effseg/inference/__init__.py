@@ -7,7 +7,7 @@ from effseg.inference.inputs import find_images
 from effseg.inference.margins import write_margins
 from effseg.inference.prediction import forecast, predict
 from effseg.inference.predictor import Predictor
-from effseg.inference.run import Run, load_run, load_runs
+from effseg.inference.run import Run, load_run, load_runs, mirrored_axes
 
 __all__ = [
     "CaseResult",
@@ -18,6 +18,7 @@ __all__ = [
     "forecast",
     "load_run",
     "load_runs",
+    "mirrored_axes",
     "predict",
     "predict_cases",
     "shard_of",

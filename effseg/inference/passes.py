@@ -193,10 +193,10 @@ class Passes:
         return self.blended
 
 
-def mirrors() -> tuple[Mirror, ...]:
-    """The axes of (z, y, x) to flip for each of the 8 mirrors, the unchanged one first."""
-    axes = (0, 1, 2)
-    return tuple(chain.from_iterable(combinations(axes, n) for n in range(4)))
+def mirrors(along: Sequence[int]) -> tuple[Mirror, ...]:
+    """The axes to flip for each of the mirrors along some of (z, y, x), the unchanged one first."""
+    axes = sorted(set(along))
+    return tuple(chain.from_iterable(combinations(axes, n) for n in range(len(axes) + 1)))
 
 
 def _turned(mirror: Mirror, backwards: int | None) -> Mirror:

@@ -11,7 +11,7 @@ from effseg.inference.budget import Forecast, budget_of, forecasts
 from effseg.inference.fingerprints import files_of, fingerprint, voxels_of, weights_of
 from effseg.inference.output import LabelFile, collect_labels, files_bytes
 from effseg.inference.region import Region
-from effseg.inference.run import Runs, load_runs
+from effseg.inference.run import Runs, load_runs, mirrored_axes
 from effseg.inference.task import Task, demand_of, found_by
 from effseg.inference.under_way import Progress
 from effseg.plans import PostprocessConfig
@@ -60,7 +60,8 @@ def predict(
             when the map is complete.
         memory: a budget such as "4GiB" for what this call takes of the host's memory, and of the
             device's; "auto": what is free of both; None: no limit.
-        tta: average the logits over the 8 mirrors.
+        tta: average the logits over the image's mirrors along the axes that training flipped
+            (`mirrored_axes`): up to 8.
         device: "cpu" or "cuda"; None: the plan's, or the CPU, with a warning, where that is not
             here.
         postprocess: a rule in place of the plan's.
@@ -123,7 +124,11 @@ def predict(
     names = [f"probability_{value}" for value in probabilities] + ["entropy"] * entropy
     names += ["confidence"] * confidence
     chosen = plan.inference
-    facts = (plan.patch_size, chosen.overlap, plan.precision, tta, rule, sweep.frame, sweep.cuts)
+    mirrors = sweep.predictor.mirrors
+    facts = (
+        *(plan.patch_size, chosen.overlap, plan.precision),
+        *(mirrors, rule, sweep.frame, sweep.cuts),
+    )
     return LabelFile(
         path=out,
         grid=grid,
@@ -196,7 +201,7 @@ def forecast(
         runs,
         grid,
         device=device or runs[0].device,
-        tta=tta,
+        mirrored=tta and len(mirrored_axes(runs)) > 0,
         rule=runs[0].plan.inference.postprocess,
         writes=writes,
         file_voxel_bytes=file_voxel_bytes,

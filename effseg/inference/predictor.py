@@ -45,7 +45,7 @@ class Predictor:
     """Labels volumes of any size with a network that takes patches.
 
     Windows overlap and are blended with Gaussian weights in float32; with `tta` each window is
-    also seen mirrored along every combination of axes, and the logits are averaged, as they are
+    also seen mirrored along every combination of its axes, and the logits are averaged, as they are
     over several networks, and over the several `weights` of one, which take turns in it: of them
     only one is ever in memory. What is summed up is the features below the head, where the
     networks end in an affine one that reads fewer channels than it makes, otherwise the logits.
@@ -62,7 +62,8 @@ class Predictor:
             are then lost. None or, for a network, no file: it is run as it is.
         patch_size: of a window, voxels (z, y, x).
         overlap: the least share of a window that its neighbour covers.
-        tta: average over the 8 mirrors.
+        tta: axes of (z, y, x), by number: average over the mirrors along them. True: all three, 8
+            mirrors; a network that was not trained on mirrored images takes them for others.
         device: where the network runs, "cpu", "cuda" or "cuda:1".
         window_batch: windows in one pass; None: as many as are fastest, told by timing 1, 2, 4, ...
             as far as `memory` has room; on a CPU only windows of less than 64^3 are joined.
@@ -89,7 +90,7 @@ class Predictor:
         *,
         weights: Sequence[Sequence[WeightsFile]] | None = None,
         overlap: float = 0.5,
-        tta: bool = False,
+        tta: bool | Sequence[int] = False,
         device: str = "cpu",
         window_batch: int | None = None,
         precision: Precision = "float32",
@@ -114,7 +115,10 @@ class Predictor:
         self.weights = tuple(tuple(files) for files in weights or [()] * len(networks))
         self.patch_size = patch_size
         self.overlap = overlap
-        self.mirrors = mirrors() if tta else ((),)
+        along = ((), (0, 1, 2))[tta] if isinstance(tta, bool) else tuple(tta)
+        if not {0, 1, 2}.issuperset(along):
+            raise PlanError(f"tta {along}; expected axes of (z, y, x): 0, 1 or 2")
+        self.mirrors = mirrors(along)
         self.window_batch = window_batch
         self.precision = precision
         self.skip_constant = skip_constant

@@ -149,6 +149,20 @@ def load_runs(run: Runs, *, snapshots: bool = False) -> tuple[Run, ...]:
     return tuple(_joined(group) for group in groups)
 
 
+def mirrored_axes(runs: Sequence[Run]) -> tuple[int, ...]:
+    """The axes of (z, y, x), by number, along which all runs were trained on flipped patches.
+
+    A network that never saw a mirrored patient takes front for back: its answers to mirrors along
+    other axes are no second opinions.
+    """
+    axes = {0, 1, 2}
+    for run in runs:
+        augment = run.plan.training.augment
+        chance = augment.flip * augment.highest_probability
+        axes &= {"zyx".index(axis) for axis in augment.flip_axes if chance > 0}
+    return tuple(sorted(axes))
+
+
 @dataclass(frozen=True)
 class _Found:
     """A run that lies somewhere, not loaded yet."""

@@ -13,7 +13,7 @@ from effseg.inference.budget import Demand, Forecast, choose, forecasts, most_wi
 from effseg.inference.output import removes
 from effseg.inference.predictor import Predictor
 from effseg.inference.region import Region
-from effseg.inference.run import Run
+from effseg.inference.run import Run, mirrored_axes
 from effseg.inference.tracing import pass_beside_others, weight_bytes_of
 from effseg.inference.under_way import Progress
 from effseg.plans import PostprocessConfig
@@ -93,13 +93,14 @@ class Task:
         """Choose the way that fits, and get everything ready; `cuts` in place of the plan's."""
         plan, given = runs[0].plan, self.given
         check_channels(given.n_channels, plan)
+        along = mirrored_axes(runs) if self.tta else ()
         device = self.device or runs[0].device
         present_device(device)  # one that is not here is refused before the image is read
         demand = demand_of(
             runs,
             given.grid,
             device=device,
-            tta=self.tta,
+            mirrored=len(along) > 0,
             rule=rule,
             writes=writes,
             file_voxel_bytes=given.voxel_bytes,
@@ -116,14 +117,14 @@ class Task:
             plan.patch_size,
             weights=[one.turns for one in runs],
             overlap=plan.inference.overlap,
-            tta=self.tta,
+            tta=along,
             device=device,
             window_batch=plan.inference.window_batch,
             precision=plan.precision,
             skip_constant=self.skip_constant,
             scratch=self.scratch,
         )
-        predictor.pace = runs[0].pace((device, self.tta, sum(one.n_models for one in runs)))
+        predictor.pace = runs[0].pace((device, along, sum(one.n_models for one in runs)))
         image = given.opened(whole=way.reading == "whole")
         return RunSweep(
             frame=way.frame,
@@ -161,7 +162,7 @@ def demand_of(
     grid: Grid,
     *,
     device: str,
-    tta: bool,
+    mirrored: bool,
     rule: PostprocessConfig,
     writes: bool,
     file_voxel_bytes: int,
@@ -187,7 +188,7 @@ def demand_of(
         patch_size=plan.patch_size,
         overlap=plan.inference.overlap,
         window_batch=most_windows(plan.inference.window_batch, plan.patch_size, kind),
-        mirrored=tta,
+        mirrored=mirrored,
         label_bytes=np.min_scalar_type(max(label.value for label in plan.labels)).itemsize,
         keeps_labels=not writes,
         n_maps=n_maps,
