@@ -219,6 +219,16 @@ ALL = (
         one_vs_rest=True,
     ),
     _loss("Tversky", "Tversky, 0.3 and 0.7, alone", tversky_weight=1.0),
+    Trained(
+        "cross-entropy, then both",
+        "cross-entropy alone, and with Dice once that has not helped for 3 epochs",
+        {
+            "training": {
+                "loss": {"dice_weight": 0.0},
+                "loss_schedule": [{"loss": {}, "stalled_epochs": 3}],
+            }
+        },
+    ),
     _optimizer(
         "SGD",
         "SGD with Nesterov's momentum 0.99, rate 1e-2",
@@ -237,6 +247,11 @@ ALL = (
     _augment("off", "patches as they are"),
     _augment("light", "fewer and smaller changes of patches"),
     _augment("strong", "more and larger changes of patches"),
+    Trained(
+        "stop by trend",
+        "ends when a line through the validations' 1 - Jaccard no longer falls",
+        {"training": {"stopping": {"kind": "trend"}}},
+    ),
     Mirrored(),
     Ensemble(),
 )
