@@ -39,6 +39,7 @@ from effseg.training.resuming import EpochCheckpoint, RunState, rewind
 from effseg.training.snapshots import Snapshots
 from effseg.training.stopping import EarlyStop
 from effseg.training.trainer import build_trainer, fit, import_late_parts, quiet_lightning
+from effseg.training.waiting import WaitWatch
 
 logger = logging.getLogger("effseg")
 
@@ -170,6 +171,7 @@ def train(
         callbacks: list[pl.Callback] = [
             watch,
             StopOnRequest(out / STOP),
+            WaitWatch(),
             MetricsLog(out / METRICS, plan, watch),
             best,
             record,
