@@ -3,8 +3,9 @@
     pytest benchmarks/bench_head_loss.py --benchmark-enable
 
 Of a convolution and MONAI's DiceCELoss, of the same convolution and effseg's, and of the two in one
-(deferred logits). `extra_info` holds `extra_mib`, tensor bytes at the peak beyond features and
-their gradient, and `ratio`, seconds over those of MONAI in the same run.
+(deferred logits); and of each loss that a plan may have, with deferred logits. `extra_info` holds
+`extra_mib`, tensor bytes at the peak beyond features and their gradient, and `ratio`, seconds over
+those of MONAI in the same run.
 """
 
 from collections.abc import Callable
@@ -18,9 +19,22 @@ from torch import Tensor, nn
 from effseg.losses import CompoundLoss
 from effseg.memory import measure_peak
 from effseg.networks import defer_logits
+from effseg.plans import LossConfig
 
 SHAPES = [(118, 32, 64), (118, 32, 128), (3, 32, 96)]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+LOSSES = {
+    "Dice + cross-entropy": LossConfig(),
+    "focal": LossConfig(dice_weight=0, focal_gamma=2),
+    "squared Dice": LossConfig(dice_weight=0, squared_dice_weight=1, cross_entropy_weight=0),
+    "focal Tversky": LossConfig(
+        dice_weight=0, tversky_weight=1, cross_entropy_weight=0, overlap_power=0.75
+    ),
+    "BCE + Jaccard": LossConfig(dice_weight=0, jaccard_weight=1, one_vs_rest=True),
+    "balanced": LossConfig(balanced=True),
+    "near edges": LossConfig(edge_weight=4),
+}
 
 Step = Callable[[nn.Conv3d, Tensor, Tensor], Tensor]
 
@@ -43,13 +57,8 @@ def deferred(head: nn.Conv3d, features: Tensor, labels: Tensor) -> Tensor:
 seconds_of_monai: dict[tuple[object, ...], float] = {}
 
 
-@pytest.mark.parametrize("by", [by_monai, by_effseg, deferred], ids=lambda by: by.__name__)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "{}x{}x{}^3".format(*shape))
-def test_head_and_loss(
-    benchmark: BenchmarkFixture, shape: tuple[int, int, int], dtype: str, by: Step
-) -> None:
-    """C classes of K features in side^3 voxels, batch 1; autocast where the type is low."""
+def run(benchmark: BenchmarkFixture, shape: tuple[int, int, int], dtype: str, by: Step) -> float:
+    """Bytes and seconds of a forward and backward, the latter returned."""
     n_classes, n_channels, side = shape
     torch.manual_seed(0)
     head = nn.Conv3d(n_channels, n_classes, 1)
@@ -70,9 +79,31 @@ def test_head_and_loss(
     benchmark.extra_info["extra_mib"] = round(extra_bytes / 2**20, 1)
     benchmark.group = f"{n_classes} classes, {n_channels} features, {side}^3, {dtype}"
     benchmark.pedantic(step, rounds=3, warmup_rounds=1)
-    seconds = benchmark.stats.stats.min
+    return float(benchmark.stats.stats.min)
+
+
+@pytest.mark.parametrize("by", [by_monai, by_effseg, deferred], ids=lambda by: by.__name__)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "{}x{}x{}^3".format(*shape))
+def test_head_and_loss(
+    benchmark: BenchmarkFixture, shape: tuple[int, int, int], dtype: str, by: Step
+) -> None:
+    """C classes of K features in side^3 voxels, batch 1; autocast where the type is low."""
+    seconds = run(benchmark, shape, dtype, by)
     if by is by_monai:
         seconds_of_monai[shape, dtype] = seconds
     if (shape, dtype) in seconds_of_monai:
         ratio = seconds / seconds_of_monai[shape, dtype]
         benchmark.extra_info["ratio"] = round(ratio, 2)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_each_loss(benchmark: BenchmarkFixture, name: str) -> None:
+    """What a loss adds to the head, and what one takes more than another."""
+    loss = CompoundLoss(LOSSES[name], n_channels=118)
+    run(
+        benchmark,
+        (118, 32, 64),
+        "float32",
+        lambda head, features, labels: loss(defer_logits(head, features), labels),
+    )
