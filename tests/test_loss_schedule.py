@@ -115,14 +115,15 @@ def test_the_step_that_takes_most_counts(tiny_plan: Plan) -> None:
 def test_a_run_says_when_its_loss_changed(
     tiny_plan: Plan, tiny_dataset: Path, tmp_path: Path
 ) -> None:
-    plan = scheduled(tiny_plan, LossChange(loss=FOCAL, from_epoch=1))
+    balanced = LossConfig(balanced=True, focal_gamma=2.0)
+    plan = scheduled(tiny_plan, LossChange(loss=balanced, from_epoch=1))
     training = plan.training.model_copy(update={"steps_per_epoch": 1, "validation_patches": 1})
     run = train(
         plan.model_copy(update={"training": training}), tiny_dataset, out=tmp_path / "run", epochs=2
     )
     (switch,) = RunRecord.load(run / RECORD).losses
     assert (switch.epoch, switch.step) == (1, 1)
-    assert switch.loss == "1 cross entropy (focal_gamma 2.0)"
+    assert switch.loss == "1 dice + 1 cross entropy (focal_gamma 2.0, balanced)"
     assert "epoch 1" in switch.why
     with (run / METRICS).open(encoding="utf-8") as file:
         assert [row["loss_stage"] for row in csv.DictReader(file)] == ["0", "1"]
@@ -133,3 +134,4 @@ def test_a_run_says_when_its_loss_changed(
     module = SegmentationModule(plan)
     module.load_state_dict(checkpoint["state_dict"])
     assert module.loss.stage == 1
+    assert module.loss.now.balance.seen == pytest.approx(0.1)  # of the one step it had

@@ -90,6 +90,8 @@ def tile_sums(
     sums = values.new_zeros(len(values), n_classes)
     sums.scatter_add_(1, own.index.expand_as(values), values)
     sums[PREDICTED] = probabilities.sum(1)
+    if len(counting.names) == N_SUMS:
+        return sums
     found = dict(zip((*counting.names[:N_SUMS], "weighed"), sums.unbind(), strict=False))
     if log_q is not None:
         # (0 at p = 0 where gamma is 0 too, since log q is)
@@ -127,17 +129,16 @@ def tile_gradient(
     """
     probabilities, own, log_q = _probabilities(logits, labels, counting)
     del logits  # the memory of a tile that nobody else holds
-    on = dict(zip(counting.names, slope.unbind(), strict=True))
     weight = _weights(closeness, counting, slope.dtype)
-    on_focal = on["focal"].index_select(0, own.index)
-    on_focal.mul_(_focal_slope(own.log_p, own.log_q, counting.focal_gamma))
-    if weight is not None:
-        on_focal.mul_(weight)
-    t = on["intersection"].index_select(0, own.index).mul_(own.log_p.exp())
-    t.add_(on["log_likelihood"].index_select(0, own.index)).add_(on_focal).mul_(own.known)
-    per_p = on["predicted"].unsqueeze(1)
+    t, _, _, on_log_likelihood, on_focal = slope[:N_SUMS].index_select(1, own.index).unbind()
+    t.mul_(own.log_p.exp()).add_(on_log_likelihood)
+    if counting.focal_gamma > 0:
+        on_focal.mul_(_focal_slope(own.log_p, own.log_q, counting.focal_gamma))
+    t.add_(on_focal if weight is None else on_focal.mul_(weight)).mul_(own.known)
+    more = dict(zip(counting.names[N_SUMS:], slope[N_SUMS:].unbind(), strict=True))
+    per_p = slope[PREDICTED].unsqueeze(1)
     if counting.squared:
-        per_p = probabilities * (2 * on["squared"]).unsqueeze(1) + per_p
+        per_p = probabilities * (2 * more["squared"]).unsqueeze(1) + per_p
     gradient = probabilities * per_p
     if log_q is None:
         gradient.addcmul_(probabilities, gradient.sum(0).add_(t), value=-1)
@@ -145,7 +146,7 @@ def tile_gradient(
     q = log_q.exp()
     gradient.mul_(q)
     others = _rejected_slope(log_q, probabilities, q, counting.focal_gamma)
-    others.mul_(own.counts).mul_(on["rejected"].unsqueeze(1))
+    others.mul_(own.counts).mul_(more["rejected"].unsqueeze(1))
     if weight is not None:
         others.mul_(weight)
     gradient.add_(others.scatter_(0, own.index.unsqueeze(0), 0.0))
@@ -217,9 +218,7 @@ def _focal(log_p: Tensor, log_q: Tensor | None, gamma: float) -> Tensor:
 
 
 def _focal_slope(log_p: Tensor, log_q: Tensor | None, gamma: float) -> Tensor:
-    """Of `_focal` on log p: (1 - p)^gamma (1 - gamma p log p / (1 - p))."""
-    if gamma == 0:
-        return torch.ones_like(log_p)
+    """Of `_focal` on log p: (1 - p)^gamma (1 - gamma p log p / (1 - p)), gamma above 0."""
     rest = log_p.expm1().neg_() if log_q is None else log_q.exp()
     # log p / (1 - p) tends to -1 where p does to 1
     ratio = torch.where(rest > 0, log_p / rest, -1.0)

@@ -34,7 +34,7 @@ def list_changes(
         run: plan and record of the one that is told about.
 
     Returns:
-        Phrases such as `training.loss.kind dice_ce -> focal`; `-` where one has no such choice.
+        Phrases such as `training.loss.focal_gamma 0 -> 2`; `-` where one has no such choice.
     """
     (old_plan, old), (new_plan, new) = parent, run
     changes = list(_of_plans(old_plan, new_plan))

@@ -97,7 +97,7 @@ class LossConfig(Config):
         )
         usual = LossConfig()
         more = [
-            f"{name} {value}"
+            name if value is True else f"{name} {value}"
             for name, value in self
             if name not in TERMS and value != getattr(usual, name)
         ]
