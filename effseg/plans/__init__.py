@@ -8,7 +8,7 @@ from effseg.plans.augment import CHANGES, POLICIES, AugmentConfig, Policy
 from effseg.plans.config import Config, Heap
 from effseg.plans.fingerprint import ChannelFacts, Fingerprint, LabelFacts
 from effseg.plans.inference import InferenceConfig, PostprocessConfig
-from effseg.plans.loss import LossChange, LossConfig
+from effseg.plans.loss import LOSSES, LossChange, LossConfig
 from effseg.plans.network import ImportedNetwork, NetworkConfig, PlannedNetwork
 from effseg.plans.optimizer import LookaheadConfig, OptimizerConfig, ScheduleConfig
 from effseg.plans.plan import Alternative, Channel, Label, Memory, Normalisation, Plan
@@ -19,6 +19,7 @@ from effseg.plans.training import TrainingConfig
 
 __all__ = [
     "CHANGES",
+    "LOSSES",
     "POLICIES",
     "Alternative",
     "AugmentConfig",

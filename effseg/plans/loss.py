@@ -1,6 +1,7 @@
 """What a training minimises."""
 
-from typing import Annotated, Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -12,10 +13,32 @@ OVERLAPS = ("dice_weight", "squared_dice_weight", "jaccard_weight", "tversky_wei
 TERMS = (*OVERLAPS, "cross_entropy_weight")
 
 
+ALONE: Final = {"dice_weight": 0.0, "cross_entropy_weight": 0.0}
+
+LOSSES: Final[Mapping[str, Mapping[str, Any]]] = {
+    "dice_cross_entropy": {},
+    "dice": {"cross_entropy_weight": 0.0},
+    "squared_dice": ALONE | {"squared_dice_weight": 1.0},
+    "focal_dice": {"cross_entropy_weight": 0.0, "overlap_power": 0.75},
+    "jaccard": ALONE | {"jaccard_weight": 1.0},
+    "tversky": ALONE | {"tversky_weight": 1.0},
+    "focal_tversky": ALONE | {"tversky_weight": 1.0, "overlap_power": 0.75},
+    "cross_entropy": {"dice_weight": 0.0},
+    "weighted_cross_entropy": {"dice_weight": 0.0, "class_weights": "voxel_shares"},
+    "focal": {"dice_weight": 0.0, "focal_gamma": 2.0},
+    "bce_jaccard": {"dice_weight": 0.0, "jaccard_weight": 1.0, "one_vs_rest": True},
+    "balanced": {"balanced": True},
+    "edges": {"edge_weight": 4.0},
+}
+"""What a name alone sets otherwise than the fields' own defaults, Dice and cross-entropy."""
+
+
 class LossConfig(Config):
     """A sum of named terms, each times its weight; a weight of 0 leaves a term out.
 
-    All are taken of the same sums over voxels, so none costs memory or a pass of its own.
+    All are taken of the same sums over voxels, so none costs memory or a pass of its own, but for
+    `edge_weight`. In JSON the name of one of `LOSSES` will do (`"loss": "focal"`); its settings are
+    what is kept.
     """
 
     dice_weight: Weight = Field(1.0, description="of 1 - Dice")
@@ -66,6 +89,15 @@ class LossConfig(Config):
     balance_smoothing: Share = Field(
         0.9, lt=1, description="share of its class counts that the balance keeps from step to step"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_name(cls, given: Any) -> Any:
+        if not isinstance(given, str):
+            return given
+        if given not in LOSSES:
+            raise ValueError(f'loss "{given}"; expected settings, or one of {", ".join(LOSSES)}')
+        return dict(LOSSES[given])
 
     @model_validator(mode="after")
     def _says_something(self) -> Self:
