@@ -87,7 +87,7 @@ class LossConfig(Config):
         "batches of late: the dynamic balanced loss",
     )
     balance_smoothing: Share = Field(
-        0.9, lt=1, description="share of its class counts that the balance keeps from step to step"
+        0.9, lt=1, description="share of its counts that the balance keeps from batch to batch"
     )
 
     @model_validator(mode="before")
