@@ -61,15 +61,6 @@ class RunChange(Facts):
     what: str = Field(description="in words")
 
 
-class LossSwitch(Facts):
-    """From when on another loss was minimised, and why."""
-
-    epoch: int = Field(ge=0, description="from 0")
-    step: int = Field(ge=0, description="from 0")
-    loss: str = Field(description="in words")
-    why: str
-
-
 class RunRecord(Facts):
     """`run.json`: who trained what, when, for how long, and how it ended."""
 
@@ -98,7 +89,6 @@ class RunRecord(Facts):
     memory: RunMemory | None = None
     events: tuple[RunEvent, ...] = ()
     changes: tuple[RunChange, ...] = ()
-    losses: tuple[LossSwitch, ...] = ()
     notes: tuple[str, ...] = ()
 
     def save(self, path: str | Path) -> Path:

@@ -31,7 +31,8 @@ def run_epochs(changes: tuple[LossChange, ...], scores: list[float]) -> list[int
     """Which loss each epoch had, where validation gives these scores."""
     schedule = LossSchedule(changes)
     loss = ScheduledLoss([loss_of() for _ in range(len(changes) + 1)])
-    module, stages = SimpleNamespace(loss=loss), []
+    notes: list[str] = []
+    module, stages = SimpleNamespace(loss=loss, note=notes.append), []
     for epoch, score in enumerate(scores):
         trainer = SimpleNamespace(
             current_epoch=epoch,
@@ -42,9 +43,8 @@ def run_epochs(changes: tuple[LossChange, ...], scores: list[float]) -> list[int
         schedule.on_train_epoch_start(trainer, module)
         stages.append(loss.stage)
         schedule.on_validation_end(trainer, module)
-    assert [switch.epoch for switch in schedule.switches] == [
-        epoch for epoch in range(1, len(scores)) if stages[epoch] > stages[epoch - 1]
-    ]
+    assert len(notes) == stages[-1]
+    assert all(" from here on, " in note for note in notes)
     return stages
 
 
@@ -74,12 +74,9 @@ def test_a_checkpoint_keeps_where_the_schedule_is() -> None:
     assert again.stage == 1
     assert torch.equal(again.now.balance.shares, loss.now.balance.shares)
     schedule, later = (LossSchedule([LossChange(loss=FOCAL, stalled_epochs=1)]) for _ in "ab")
-    read_by_the_record = later.switches
-    trainer = SimpleNamespace(current_epoch=3, global_step=9, is_global_zero=True)
-    schedule.on_train_epoch_start(trainer, SimpleNamespace(loss=ScheduledLoss([loss_of()] * 2)))
+    schedule.best_score, schedule.best_epoch = 0.5, 3
     later.load_state_dict(schedule.state_dict())
-    assert read_by_the_record == schedule.switches
-    assert later.best_epoch == 3
+    assert (later.best_score, later.best_epoch) == (0.5, 3)
 
 
 def test_is_the_loss_of_its_stage() -> None:
@@ -121,14 +118,16 @@ def test_a_run_says_when_its_loss_changed(
     run = train(
         plan.model_copy(update={"training": training}), tiny_dataset, out=tmp_path / "run", epochs=2
     )
-    (switch,) = RunRecord.load(run / RECORD).losses
-    assert (switch.epoch, switch.step) == (1, 1)
-    assert switch.loss == "1 dice + 1 cross entropy (focal_gamma 2.0, balanced)"
-    assert "epoch 1" in switch.why
+    (change,) = RunRecord.load(run / RECORD).changes
+    assert (change.epoch, change.step) == (1, 1)
+    assert change.what == (
+        "the loss is 1 dice + 1 cross entropy (focal_gamma 2.0, balanced) from here on, as planned "
+        "from epoch 1"
+    )
     with (run / METRICS).open(encoding="utf-8") as file:
         assert [row["loss_stage"] for row in csv.DictReader(file)] == ["0", "1"]
     page = write_report(run).read_text(encoding="utf-8")
-    assert "1 dice + 1 cross entropy" in page
+    assert change.what in page
     assert page.count(">loss 2<") == 2  # in both charts
     checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=False)
     module = SegmentationModule(plan)

@@ -4,10 +4,11 @@ from functools import partial
 
 import pytest
 import torch
+from loss_of import loss_of
 from torch import Tensor, nn
 from two_stages import two_stages
 
-from effseg.losses import DiceCELoss, build_loss
+from effseg.losses import build_loss
 from effseg.memory import measure_peak
 from effseg.networks import build_network
 from effseg.optimizers import build_optimizer, numbers_kept
@@ -182,7 +183,7 @@ def test_accumulated_gradients_are_the_mean_of_the_batches(tiny_plan: Plan) -> N
 def test_losses_that_are_means_over_samples_accumulate_to_a_larger_batch(tiny_plan: Plan) -> None:
     image, label = torch.randn(4, 1, 16, 16, 16), torch.randint(0, 3, (4, 16, 16, 16))
     module = SegmentationModule(with_optimizer(tiny_plan, accumulate=2))
-    module.rescue.step = WholeBatch(module.network, DiceCELoss(dice_over_batch=False))
+    module.rescue.step = WholeBatch(module.network, loss_of(dice_over_batch=False))
     parts = gradients(module, image, label)
     module.plan = with_optimizer(tiny_plan, accumulate=1).model_copy(update={"batch_size": 4})
     for accumulated, whole in zip(parts, gradients(module, image, label), strict=True):

@@ -19,13 +19,15 @@ from effseg.training import TrainingState, train
 
 
 def demanding(plan: Plan) -> Plan:
-    """A plan of all that has a state: dropout, slow weights, a part that thaws, a trend."""
+    """A plan of all that has a state: dropout, slow weights, a part that thaws, a trend, losses."""
     content = plan.model_dump()
     content["network"]["dropout"] = 0.2
     training = content["training"]
     training |= {"epochs": 4, "steps_per_epoch": 3}
     training["optimizer"] |= {"kind": "sgd", "accumulate": 2, "lookahead": {"steps": 2}}
     training["start"] |= {"freeze": ["encoder.0"], "thaw": [{"at": 0.4, "parts": ["encoder.0"]}]}
+    training["loss"]["balanced"] = True
+    training["loss_schedule"] = [{"loss": "balanced", "from_epoch": 1}]
     training["stopping"] |= {"kind": "patience", "patience": 9, "smoothing": 0.5}
     return Plan.model_validate(content)
 

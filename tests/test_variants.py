@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from effseg.inference.headless import find_headless
-from effseg.losses import DeepSupervisionLoss, DiceCELoss
+from effseg.losses import CompoundLoss, DeepSupervisionLoss
 from effseg.memory import measure_peak, trace_peak
 from effseg.networks import DenseUNet
 from effseg.networks.stages import ResidualDense
@@ -41,7 +41,9 @@ def step(network: DenseUNet, *, fused: bool) -> list[Tensor]:
     torch.manual_seed(3)  # the same data, and the same channels dropped
     image = torch.randn(2, 1, 4, 8, 8, dtype=torch.float64, requires_grad=True)
     labels = torch.randint(0, 3, (2, 4, 8, 8))
-    loss = DeepSupervisionLoss(DiceCELoss()) if network.config.deep_supervision else DiceCELoss()
+    loss = (
+        DeepSupervisionLoss(CompoundLoss()) if network.config.deep_supervision else CompoundLoss()
+    )
     value = loss(network.for_loss(image) if fused else network(image), labels)
     value.backward()
     gradients = [image.grad, *(parameter.grad for parameter in network.parameters())]
@@ -128,14 +130,14 @@ def test_a_trace_tells_the_bytes_of_a_step(variant, mode) -> None:
     traced = trace_peak(
         network,
         shape,
-        loss=DiceCELoss(),
+        loss=CompoundLoss(),
         label_shape=(2, 8, 16, 16),
         label_dtype=torch.uint8,
         device="cpu",
     )
     image = torch.randn(shape)
     labels = torch.randint(0, 3, (2, 8, 16, 16), dtype=torch.uint8)
-    loss = DiceCELoss()
+    loss = CompoundLoss()
     held = [*network.parameters(), image, labels]
 
     def run() -> None:

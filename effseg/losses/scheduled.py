@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from jaxtyping import Float, Float64
 from torch import Tensor, nn
 
@@ -58,9 +59,9 @@ class ScheduledLoss(nn.Module):
         """The loss of a batch from the `terms` of all its samples; see `CompoundLoss.of_terms`."""
         return self.now.of_terms(terms, learn=learn)
 
-    def get_extra_state(self) -> int:
+    def get_extra_state(self) -> Tensor:
         """For checkpoints: the stage."""
-        return self.stage
+        return torch.tensor(self.stage)
 
     def set_extra_state(self, state: Any) -> None:
         """From a checkpoint: the stage."""

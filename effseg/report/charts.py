@@ -73,15 +73,12 @@ class Chart:
     marks: tuple[Tick, ...] = ()
 
 
-def draw_curves(
-    columns: Columns, *, best_epoch: int | None = None, switches: Sequence[int] = ()
-) -> tuple[Chart, ...]:
+def draw_curves(columns: Columns, *, best_epoch: int | None = None) -> tuple[Chart, ...]:
     """The loss and the Dice by epoch, with minutes along the top.
 
     Args:
         columns: of `metrics.csv`.
         best_epoch: marked with a vertical line.
-        switches: epochs from which another loss was minimised, marked likewise.
 
     Returns:
         The charts for which there is at least one finite value; none for no columns.
@@ -96,15 +93,8 @@ def draw_curves(
     mean = [("mean" if labels else "validation", "colour0", "validation_dice")]
     losses = [("training", "colour0", "loss"), ("validation", "colour1", "validation_loss")]
     charts = (
-        _chart("Loss", losses, columns, best_epoch=best_epoch, switches=switches, limits=None),
-        _chart(
-            "Dice",
-            dice + mean,
-            columns,
-            best_epoch=best_epoch,
-            switches=switches,
-            limits=(0.0, 1.0),
-        ),
+        _chart("Loss", losses, columns, best_epoch=best_epoch, limits=None),
+        _chart("Dice", dice + mean, columns, best_epoch=best_epoch, limits=(0.0, 1.0)),
     )
     return tuple(chart for chart in charts if chart is not None)
 
@@ -167,7 +157,6 @@ def _chart(
     columns: Columns,
     *,
     best_epoch: int | None,
-    switches: Sequence[int],
     limits: tuple[float, float] | None,
 ) -> Chart | None:
     found = [
@@ -206,6 +195,7 @@ def _chart(
                 )
             )
     epochs = _whole_steps(min(x), max(x))
+    stages = [stage or 0.0 for stage in columns.get("loss_stage", ())]
     best = None
     if best_epoch is not None and first <= best_epoch <= last:
         best = Tick(across(best_epoch), f"best, epoch {best_epoch}")
@@ -224,9 +214,9 @@ def _chart(
             for value in column
         ),
         marks=tuple(
-            Tick(across(epoch), f"loss {number}")
-            for number, epoch in enumerate(switches, start=2)
-            if first <= epoch <= last
+            Tick(across(x[row]), f"loss {stages[row] + 1:g}")
+            for row in range(1, len(stages))
+            if stages[row] > stages[row - 1]
         ),
     )
 

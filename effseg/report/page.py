@@ -106,11 +106,7 @@ def _context(run: Run) -> dict[str, Any]:
         "choices": list_choices(plan),
         "facts": list_facts(plan.fingerprint),
         "charts": (
-            *draw_curves(
-                run.columns,
-                best_epoch=best,
-                switches=[switch.epoch for switch in record.losses] if record else (),
-            ),
+            *draw_curves(run.columns, best_epoch=best),
             *draw_rates(run.rates, taken=plan.training.optimizer.learning_rate),
         ),
         "frame": FRAME,

@@ -2,7 +2,7 @@
 
 import csv
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -19,7 +19,7 @@ from effseg.losses import ScheduledLoss
 from effseg.networks import own_state
 from effseg.networks.freezing import set_frozen
 from effseg.plans import Plan, StartConfig
-from effseg.record import LossSwitch, RunMemory, RunRecord
+from effseg.record import RunMemory, RunRecord
 from effseg.training.memory_watch import MemoryWatch
 from effseg.training.module import SegmentationModule
 from effseg.training.stopping import ExponentialMean
@@ -225,7 +225,6 @@ class RecordKeeper(pl.Callback):  # type: ignore[misc]
     validation: tuple[str, ...]
     best: BestWeights
     watch: MemoryWatch
-    switches: Sequence[LossSwitch] = ()
     notes: tuple[str, ...] = ()
     n_epochs: int = 0
     started: datetime = field(default_factory=lambda: datetime.now().replace(microsecond=0))
@@ -296,7 +295,6 @@ class RecordKeeper(pl.Callback):  # type: ignore[misc]
             ),
             events=tuple(pl_module.rescue.events),
             changes=tuple(pl_module.changes),
-            losses=tuple(self.switches),
             notes=self.notes,
         ).save(self.path)
 

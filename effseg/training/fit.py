@@ -155,7 +155,6 @@ def train(
         plan.save(out / PLAN)
         stopping = plan.training.stopping
         best = BestWeights(out / WEIGHTS, stopping.smoothing)
-        schedule = LossSchedule(plan.training.loss_schedule)
         record = RecordKeeper(
             path=out / RECORD,
             plan=plan,
@@ -165,7 +164,6 @@ def train(
             validation=chosen.validation,
             best=best,
             watch=watch,
-            switches=schedule.switches,
             notes=notes,
         )
         callbacks: list[pl.Callback] = [
@@ -181,8 +179,8 @@ def train(
         ]
         if stopping.kind != "none":
             callbacks.append(EarlyStop(stopping))
-        if schedule.changes:
-            callbacks.append(schedule)
+        if plan.training.loss_schedule:
+            callbacks.append(LossSchedule(plan.training.loss_schedule))
         if plan.training.snapshots > 0:
             callbacks.append(Snapshots(out / SNAPSHOTS, plan.training.snapshots))
         if progress is not None:

@@ -8,7 +8,6 @@ import lightning.pytorch as pl
 
 from effseg.losses import ScheduledLoss
 from effseg.plans import LossChange
-from effseg.record import LossSwitch
 from effseg.training.module import SegmentationModule
 
 logger = logging.getLogger("effseg")
@@ -22,14 +21,10 @@ class LossSchedule(pl.Callback):  # type: ignore[misc]  # Lightning ships no typ
 
     Args:
         changes: of the plan, in their order.
-
-    Attributes:
-        switches: what has changed so far.
     """
 
     def __init__(self, changes: Sequence[LossChange]) -> None:
         self.changes = tuple(changes)
-        self.switches: list[LossSwitch] = []
         self.best_score = -1.0
         self.best_epoch = 0
 
@@ -45,10 +40,10 @@ class LossSchedule(pl.Callback):  # type: ignore[misc]  # Lightning ships no typ
             return
         loss.stage += 1
         self.best_score, self.best_epoch = -1.0, epoch
-        words = change.loss.words
-        self.switches.append(LossSwitch(epoch=epoch, step=trainer.global_step, loss=words, why=why))
+        what = f"the loss is {change.loss.words} from here on, {why}"
+        pl_module.note(what)
         if trainer.is_global_zero:
-            logger.info("epoch %d: the loss is %s from here on, %s", epoch, words, why)
+            logger.info("epoch %d: %s", epoch, what)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: SegmentationModule) -> None:
         """Remember the best score of this loss."""
@@ -68,14 +63,8 @@ class LossSchedule(pl.Callback):  # type: ignore[misc]  # Lightning ships no typ
 
     def state_dict(self) -> dict[str, Any]:
         """For checkpoints."""
-        return {
-            "best_score": self.best_score,
-            "best_epoch": self.best_epoch,
-            "switches": [switch.model_dump() for switch in self.switches],
-        }
+        return {"best_score": self.best_score, "best_epoch": self.best_epoch}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """From a checkpoint."""
         self.best_score, self.best_epoch = state_dict["best_score"], state_dict["best_epoch"]
-        # the run's record reads this very list
-        self.switches[:] = [LossSwitch(**switch) for switch in state_dict["switches"]]
