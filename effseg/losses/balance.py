@@ -9,7 +9,7 @@ from torch import Tensor, distributed, nn
 class Balance(nn.Module):
     """A cross-entropy whose weights come of the batch at hand and of those before.
 
-    Of each class two shares of the voxels are kept, smoothed over steps: its reference's, R, and
+    Of each class two shares of the voxels are kept, smoothed over batches: its reference's, R, and
     the part of that which is missed, E, in probabilities. Class c counts as
 
         n_c = min(R_c, E_c + what all other classes hold)
@@ -37,7 +37,7 @@ class Balance(nn.Module):
 
     Args:
         n_classes: background first.
-        smoothing: share of the counts that is kept from step to step, 0 to below 1.
+        smoothing: share of the counts that is kept from batch to batch, 0 to below 1.
     """
 
     shares: Tensor
