@@ -5,6 +5,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -128,3 +130,27 @@ def test_what_cannot_go_on_is_refused_in_one_line(
         train(run / PLAN, data, out=run, resume=True)
     assert "\n" not in str(caught.value)
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+CHECKPOINT = """
+import sys
+import torch
+from effseg.memory import PeakResident
+from effseg.training.trainer import StreamedCheckpoint
+
+state = {"weights": {str(i): torch.ones(2**20) for i in range(16)}}
+resident = PeakResident().start()
+StreamedCheckpoint().save_checkpoint(state, sys.argv[1])
+print(resident.stop())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
+def test_a_checkpoint_takes_no_memory_of_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "last.ckpt"
+    command = [sys.executable, "-c", CHECKPOINT, str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert path.stat().st_size > 64 * 2**20
+    assert int(done.stdout) < 8 * 2**20

@@ -62,7 +62,7 @@ class OptimizerConfig(Config):
         description="batches whose mean gradient makes one step. As one larger batch: losses that "
         "are means over samples of as many voxels each. Not: Dice over a batch, means over the "
         "voxels that are not ignored, batch norm; there a larger batch_size with sample_by_sample "
-        "is the same to rounding",
+        "is the same to rounding. Takes the images of all of them, and gradients from the start",
     )
     gradient_clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
     ema_decay: float = Field(

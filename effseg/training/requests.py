@@ -47,7 +47,9 @@ class StopOnRequest(pl.Callback):  # type: ignore[misc]  # Lightning ships no ty
             raise KeyboardInterrupt
         self.request = SIGNALS[number]
         logger.warning(
-            "stopping after this step and a last validation; a second signal stops at once"
+            "stopping after this step and a last validation, a second signal stops at once; "
+            "`effseg train --resume %s` goes on from the last whole epoch",
+            self.path.parent,
         )
 
     def on_train_batch_end(
