@@ -106,6 +106,22 @@ def test_a_run_cut_short_cools_down() -> None:
     assert not clock.end_early(45, cool_down=0.0)  # it is ending already
 
 
+def test_a_clock_goes_on_without_the_time_between() -> None:
+    config = TrainingConfig(minutes=1)
+    clock = Clock(config)
+    clock.started -= 24
+    assert clock.end_early(0, cool_down=0.5)
+    state = clock.state()
+    other = Clock(config)
+    other.restore(state)
+    other.start()
+    assert other.elapsed_seconds == pytest.approx(24, abs=1)
+    assert other.is_ending_early
+    assert other.fraction(0) == pytest.approx(24 / 36, abs=0.03)
+    clock.started -= 100
+    assert clock.fraction(0) == 1
+
+
 def test_a_run_near_its_end_is_not_cut_short() -> None:
     clock = Clock(TrainingConfig(epochs=10, steps_per_epoch=10))
     assert not clock.end_early(90, cool_down=0.2)

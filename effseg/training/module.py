@@ -1,5 +1,6 @@
 """What one step of training does."""
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -24,6 +25,8 @@ from effseg.record import RunChange
 from effseg.training.clock import Clock
 from effseg.training.rescue import Rescue, first_line, is_out_of_memory
 from effseg.training.starting import load_weights
+
+logger = logging.getLogger("effseg")
 
 StoppedBy = Literal["stop file", "interrupt", "terminate", "patience", "trend"]
 """What may end a run before its time."""
@@ -107,7 +110,8 @@ class SegmentationModule(pl.LightningModule):  # type: ignore[misc]  # Lightning
         self.part_losses: list[Tensor] = []
 
     def note(self, what: str) -> None:
-        """Put a change into the record: from here on the run does something otherwise."""
+        """Put a change into log and record: from here on the run does something otherwise."""
+        logger.info("epoch %d: %s", self.current_epoch, what)
         self.changes.append(
             RunChange(
                 epoch=self.current_epoch,

@@ -1,6 +1,5 @@
 """When nothing more is to be gained: patience, or a line through the last validations."""
 
-import logging
 import math
 from collections.abc import Sequence
 from typing import Any, Literal, Protocol
@@ -11,8 +10,6 @@ from scipy.special import stdtrit
 
 from effseg.plans import StoppingConfig
 from effseg.training.module import SegmentationModule
-
-logger = logging.getLogger("effseg")
 
 EarlyEnd = Literal["patience", "trend"]
 
@@ -188,9 +185,7 @@ class EarlyStop(pl.Callback):  # type: ignore[misc]  # Lightning ships no types
         pl_module.stopped_by = self.kind
         if self.config.cool_down == 0:
             trainer.should_stop = True
-        what = f"{self._why()}: {self._what_follows()}"
-        logger.info("epoch %d: %s", trainer.current_epoch, what)
-        pl_module.note(what)
+        pl_module.note(f"{self._why()}: {self._what_follows()}")
 
     def state_dict(self) -> dict[str, Any]:
         """For the checkpoint."""
