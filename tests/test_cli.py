@@ -189,13 +189,18 @@ def test_size_learning_rate_and_policy_are_passed_on(
     monkeypatch.setattr("effseg.planner.plan", planning)
     monkeypatch.setattr("effseg.training.train", training)
     arguments = ["train", str(tiny_dataset), "--out", str(tmp_path / "r"), "--memory", "auto"]
-    for more in ([], ["--size", "b3", "--find-lr", "--augment", "strong"]):
+    options = ["--network-option", "decoder=linknet", "--network-option", "residual=true"]
+    for more in ([], ["--size", "b3", "--find-lr", "--augment", "strong", *options]):
         with pytest.raises(PlanError, match="far enough"):
             cli.app([*arguments, *more], standalone_mode=False)
+    usual = {"memory": "auto", "device": None, "size": None, "augment": "default"}
+    usual |= {"network": None, "network_options": {}}
     assert asked == [
-        {"memory": "auto", "device": None, "size": None, "augment": "default"},
+        usual,
         {"find_lr": False, "augment": None},
-        {"memory": "auto", "device": None, "size": "b3", "augment": "strong"},
+        usual
+        | {"size": "b3", "augment": "strong"}
+        | {"network_options": {"decoder": "linknet", "residual": True}},
         {"find_lr": True, "augment": "strong"},
     ]
 
