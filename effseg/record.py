@@ -11,6 +11,8 @@ from effseg.files import load_model, write_text_whole
 
 PLAN = "plan.json"
 RECORD = "run.json"
+SPLIT = "split.json"
+"""What was held out, where a split says so and not a fold."""
 METRICS = "metrics.csv"
 RATES = "learning_rates.csv"
 """Of the learning-rate range test, where there was one."""

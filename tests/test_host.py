@@ -147,7 +147,7 @@ data = PatchData(plan, [], [], folder / "cache")
 image = PlaneFile(folder / "image", shape, np.dtype(np.float32))
 label = PlaneFile(folder / "label", shape, np.dtype(np.uint8))
 places, fill = Places({}, {}), np.zeros(1, np.float32)
-data.train_cases = [CachedCase("case", (n, n, n), image, 0, False, label, fill, places)]
+data.train_cases = [CachedCase("case", (n, n, n), image, 0, False, fill, label, places)]
 with mapped_blocks():
     for seed in range(20):
         small = np.ones((1, 24, 24, 24), np.float32), np.zeros((24, 24, 24), np.uint8)

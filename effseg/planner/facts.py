@@ -119,6 +119,7 @@ def fingerprint(dataset: Dataset | str | Path, *, progress: Progress | None = No
     labels: dict[int, _Label] = {}
     spacings: list[Spacing] = []
     shapes: list[Shape3] = []
+    foreground_mm3: dict[str, float] = {}
     n_labelled = 0
     for done, case in enumerate(dataset.cases, start=1):
         image, label = read_case(case)
@@ -136,6 +137,7 @@ def fingerprint(dataset: Dataset | str | Path, *, progress: Progress | None = No
         for channel, plane in zip(channels, planes, strict=True):
             channel.add(plane, target > 0, rng)
         n_labelled += label.array.size
+        foreground_mm3[case.name] = int(np.count_nonzero(target)) * label.grid.voxel_mm3
         _note_labels(labels, target, case, dataset, voxel_mm3=label.grid.voxel_mm3)
         if progress is not None:
             progress(done, len(dataset.cases), case.name)
@@ -156,6 +158,7 @@ def fingerprint(dataset: Dataset | str | Path, *, progress: Progress | None = No
             if value != 0
         ),
         ignore_label=dataset.ignore_label,
+        foreground_mm3=foreground_mm3,
     )
 
 

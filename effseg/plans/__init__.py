@@ -4,8 +4,10 @@ How a plan is made stands in `planner`. Plans are meant to be read and edited by
 keys, wrong types, numbers out of range and NaN are refused with the place where they stand.
 """
 
+from effseg.plans.adversarial import AdversarialConfig
 from effseg.plans.augment import CHANGES, POLICIES, AugmentConfig, Policy
 from effseg.plans.config import Config, Heap
+from effseg.plans.data import DataConfig, ExternalData
 from effseg.plans.fingerprint import ChannelFacts, Fingerprint, LabelFacts
 from effseg.plans.inference import InferenceConfig, PostprocessConfig
 from effseg.plans.loss import LOSSES, LossChange, LossConfig
@@ -21,11 +23,14 @@ __all__ = [
     "CHANGES",
     "LOSSES",
     "POLICIES",
+    "AdversarialConfig",
     "Alternative",
     "AugmentConfig",
     "Channel",
     "ChannelFacts",
     "Config",
+    "DataConfig",
+    "ExternalData",
     "Fingerprint",
     "Heap",
     "ImportedNetwork",

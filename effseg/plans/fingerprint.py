@@ -1,5 +1,7 @@
 """What one pass over a data set says about it."""
 
+from typing import Annotated
+
 from pydantic import Field
 
 from effseg.plans.config import Config, Positive3, PositiveSpacing, Share
@@ -44,3 +46,6 @@ class Fingerprint(Config):
     channels: tuple[ChannelFacts, ...] = Field(min_length=1)
     labels: tuple[LabelFacts, ...] = Field(min_length=1)
     ignore_label: int | None = Field(None, ge=1, description="left out of loss and score")
+    foreground_mm3: dict[str, Annotated[float, Field(ge=0)]] = Field(
+        default_factory=dict, description="of each case by its name; empty in older plans"
+    )

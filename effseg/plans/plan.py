@@ -9,7 +9,9 @@ from pydantic import Field, field_validator, model_validator
 from effseg.devices import DEVICE_NAME, Precision
 from effseg.errors import PlanError
 from effseg.files import load_model, write_text_whole
+from effseg.plans.adversarial import AdversarialConfig
 from effseg.plans.config import Config, Heap, Positive3, PositiveSpacing
+from effseg.plans.data import DataConfig
 from effseg.plans.fingerprint import Fingerprint
 from effseg.plans.inference import InferenceConfig
 from effseg.plans.network import NetworkConfig, PlannedNetwork
@@ -107,7 +109,11 @@ class Plan(Config):
         description="samples of a batch go through the network one after the other, twice; the "
         "loss is still the whole batch's",
     )
+    data: DataConfig = DataConfig()
     training: TrainingConfig = TrainingConfig()
+    adversarial: AdversarialConfig | None = Field(
+        None, description="of a training against a discriminator; None: as it comes"
+    )
     inference: InferenceConfig = InferenceConfig()
     memory: Memory
     reasons: dict[str, str] = Field(default_factory=dict)

@@ -26,19 +26,17 @@ from effseg.types import Array, Shape3, Slices3
 
 
 @dataclass(frozen=True)
-class CachedCase:
-    """One prepared case.
+class CachedImage:
+    """One prepared image.
 
     Attributes:
         name: of the case.
-        shape: of its image and label, voxels.
+        shape: of its image, voxels.
         image: float32, normalised; planes as they came: (planes along `axis`, channels, the other
             two axes).
         axis: of (z, y, x), along which planes follow one another in that file.
         backwards: whether they do from the last to the first.
-        label: class indices, and `n_classes` where the label is ignored; (z, 1, y, x).
         fill: each channel's minimum: what lies outside.
-        places: where foreground is.
     """
 
     name: str
@@ -46,20 +44,33 @@ class CachedCase:
     image: PlaneFile
     axis: int
     backwards: bool
-    label: PlaneFile
     fill: npt.NDArray[np.float32]
-    places: Places
 
-    def read(self, box: Slices3) -> tuple[npt.NDArray[np.float32], Array]:
-        """Image (channels, z, y, x) and label (z, y, x) of a box that lies inside the case."""
+    def read_image(self, box: Slices3) -> npt.NDArray[np.float32]:
+        """The image (channels, z, y, x) of a box that lies inside the case."""
         along, n = box[self.axis], self.shape[self.axis]
         if self.backwards:
             along = slice(n - along.stop, n - along.start)
         rows, columns = (part for axis, part in enumerate(box) if axis != self.axis)
         image = np.moveaxis(self.image.read(along, rows, columns), 0, 1 + self.axis)
-        if self.backwards:
-            image = np.flip(image, 1 + self.axis)
-        return image, self.label.read(*box)[:, 0]
+        return np.flip(image, 1 + self.axis) if self.backwards else image
+
+
+@dataclass(frozen=True)
+class CachedCase(CachedImage):
+    """One prepared case.
+
+    Attributes:
+        label: class indices, and `n_classes` where the label is ignored; (z, 1, y, x).
+        places: where foreground is.
+    """
+
+    label: PlaneFile
+    places: Places
+
+    def read(self, box: Slices3) -> tuple[npt.NDArray[np.float32], Array]:
+        """Image (channels, z, y, x) and label (z, y, x) of a box that lies inside the case."""
+        return self.read_image(box), self.label.read(*box)[:, 0]
 
 
 def cache_case(case: Case, plan: Plan, folder: Path) -> CachedCase:
@@ -86,25 +97,48 @@ def cache_case(case: Case, plan: Plan, folder: Path) -> CachedCase:
     )
     places = _write_label(label_file.path, prepared.array, plan, where=case.name)
     del prepared
+    image = _cache(files, case.name, plan, folder)
+    return CachedCase(
+        name=image.name,
+        shape=image.shape,
+        image=image.image,
+        axis=image.axis,
+        backwards=image.backwards,
+        fill=image.fill,
+        label=label_file,
+        places=places,
+    )
+
+
+def cache_image(case: Case, plan: Plan, folder: Path) -> CachedImage:
+    """Read and prepare the image of a case, whose label is not looked at, as `cache_case` does.
+
+    Raises:
+        DataError: if a file cannot be read.
+        GeometryError: if channels do not lie on one grid.
+    """
+    return _cache(ImageFiles.judged(case.images, name=case.name), case.name, plan, folder)
+
+
+def _cache(files: ImageFiles, name: str, plan: Plan, folder: Path) -> CachedImage:
     frame = _file_frame(files, plan)
+    shape = frame.grid.shape
     stored_bytes = files.n_channels * files.grid.n_voxels * files.voxel_bytes
     image = files.opened(whole=stored_bytes <= WHOLE_BYTES)
     rows, columns = (n for axis, n in enumerate(shape) if axis != frame.axis)
     image_file = PlaneFile(
-        folder / f"{case.name}.image",
+        folder / f"{name}.image",
         (shape[frame.axis], files.n_channels, rows, columns),
         np.dtype(np.float32),
     )
     fill = _write_image(image_file.path, PreparedSlabs(image, frame, plan))
-    return CachedCase(
-        name=case.name,
+    return CachedImage(
+        name=name,
         shape=shape,
         image=image_file,
         axis=frame.axis,
         backwards=frame.backwards,
-        label=label_file,
         fill=fill,
-        places=places,
     )
 
 

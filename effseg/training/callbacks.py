@@ -220,7 +220,7 @@ class RecordKeeper(pl.Callback):  # type: ignore[misc]
     path: Path
     plan: Plan
     dataset: Path
-    fold: int
+    fold: int | None
     train: tuple[str, ...]
     validation: tuple[str, ...]
     best: BestWeights

@@ -32,6 +32,7 @@ class PatchData(pl.LightningDataModule):  # type: ignore[misc]  # Lightning ship
         train: cases to learn from.
         validation: cases to score after each epoch.
         folder: where the prepared cases lie.
+        external: cases of the plan's external data sets, in its order.
         progress: called with (cases prepared, cases in all) while preparing.
     """
 
@@ -42,21 +43,28 @@ class PatchData(pl.LightningDataModule):  # type: ignore[misc]  # Lightning ship
         validation: Sequence[Case],
         folder: Path,
         *,
+        external: Sequence[Sequence[Case]] = (),
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         super().__init__()
         self.plan = plan
-        folder.mkdir(parents=True, exist_ok=True)
-        n_cases = len(train) + len(validation)
-        cached: list[CachedCase] = []
+        groups = (train, validation, *external)
+        n_cases = sum(map(len, groups))
+        cached: list[list[CachedCase]] = []
         with mapped_blocks():  # what a case took is given back before the next
-            for case in (*train, *validation):
-                self._warn(case)
-                cached.append(cache_case(case, plan, folder))
-                if progress is not None:
-                    progress(len(cached), n_cases)
-        self.train_cases = cached[: len(train)]
-        self.validation_cases = cached[len(train) :]
+            for number, cases in enumerate(groups):
+                # a case of another data set may have the name of one of this
+                place = folder if number < 2 else folder / f"external_{number - 2}"
+                place.mkdir(parents=True, exist_ok=True)
+                cached.append([])
+                for case in cases:
+                    self._warn(case)
+                    cached[-1].append(cache_case(case, plan, place))
+                    if progress is not None:
+                        progress(sum(map(len, cached)), n_cases)
+        self.train_cases, self.validation_cases, *others = cached
+        shares = [one.share for one in plan.data.external] if others else []
+        self.external = tuple(zip(shares, others, strict=True))
         self.augmentation = build_augmentation(
             plan.training.augment,
             spacing=plan.spacing,
@@ -114,6 +122,7 @@ class PatchData(pl.LightningDataModule):  # type: ignore[misc]  # Lightning ship
             config=training,
             epoch=trainer.current_epoch if trainer is not None else 0,
             augmentation=replace(self.augmentation, share=self._share()),
+            external=self.external,
         )
         queue = self._queue()
         return DataLoader(

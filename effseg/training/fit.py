@@ -3,7 +3,7 @@
 import logging
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 import torch
 from pydantic import ValidationError
 
-from effseg.dataset import Dataset, Fold, folds, read_dataset
+from effseg.dataset import Dataset, Fold, NineWaySplit, check_there, folds, read_dataset
 from effseg.devices import present_device
 from effseg.errors import DataError, EffsegError, PlanError
 from effseg.files import name_places
@@ -19,8 +19,8 @@ from effseg.ledger import check_parent, note_run
 from effseg.memory import heap_of
 from effseg.planner import check_plan
 from effseg.planner.recipe import with_class_weights
-from effseg.plans import Plan, Policy
-from effseg.record import METRICS, PLAN, RATES, RECORD, SNAPSHOTS, STOP, WEIGHTS
+from effseg.plans import ExternalData, Plan, Policy
+from effseg.record import METRICS, PLAN, RATES, RECORD, SNAPSHOTS, SPLIT, STOP, WEIGHTS
 from effseg.training.callbacks import (
     BestWeights,
     MetricsLog,
@@ -30,6 +30,7 @@ from effseg.training.callbacks import (
     TrainingState,
 )
 from effseg.training.data import PatchData
+from effseg.training.external import open_external, with_external
 from effseg.training.loss_schedule import LossSchedule
 from effseg.training.memory_watch import MemoryWatch
 from effseg.training.module import SegmentationModule
@@ -62,6 +63,8 @@ def train(
     find_lr: bool = False,
     init_from: str | Path | None = None,
     resume: bool = False,
+    external: Sequence[ExternalData] = (),
+    split: NineWaySplit | None = None,
     notes: tuple[str, ...] = (),
     parent: str | Path | None = None,
     preparing: Callable[[int, int], None] | None = None,
@@ -90,6 +93,10 @@ def train(
             matches by name and shape is taken; the record's `changes` say what did.
         resume: go on with the run in `out`, which was cut off, from its last whole epoch. On a CPU
             and by epochs it ends with the weights that it would have had.
+        external: data sets of the same channels and labels to draw a share of the patches from,
+            beside the plan's own `data.external`; none of their cases may be held out here.
+        split: train and validate on the segmenter's sets of a split, in place of a fold: its test
+            cases and all others are left alone.
         notes: sentences that the report repeats, such as where the data come from.
         parent: the run whose differences from this one stand in `runs.csv` beside `out`; None: the
             newest earlier one there on the same data set.
@@ -123,7 +130,8 @@ def train(
     )
     if devices > 1 and plan.training.start.thaw:
         raise PlanError(f"training.start.thaw on {devices} processes; parts thaw only on one")
-    chosen = choose_fold(dataset, fold)
+    plan = with_external(plan, external)
+    chosen = _chosen(plan, dataset, fold, split)
     present = present_device(plan.device)
     out = Path(out)
     if not resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -153,13 +161,15 @@ def train(
             state = RunState(out, plan, dataset, chosen)
             module = SegmentationModule(_seeded(plan))
         plan.save(out / PLAN)
+        if split is not None:
+            split.save(out / SPLIT)
         stopping = plan.training.stopping
         best = BestWeights(out / WEIGHTS, stopping.smoothing)
         record = RecordKeeper(
             path=out / RECORD,
             plan=plan,
             dataset=dataset.root.resolve(),
-            fold=fold,
+            fold=fold if split is None else None,
             train=chosen.train,
             validation=chosen.validation,
             best=best,
@@ -240,7 +250,7 @@ def find_learning_rate(
     """
     plan, dataset = _opened(plan, dataset)
     plan = with_choices(plan, minutes=None, epochs=None, device=device, seed=None)
-    chosen = choose_fold(dataset, fold)
+    chosen = choose_fold(dataset, fold, loads=_loads(plan))
     present = present_device(plan.device)
     with tempfile.TemporaryDirectory(prefix="effseg-") as folder, heap_of(plan.memory.heap):
         cache = Path(folder)
@@ -267,7 +277,8 @@ def _prepare(
     train, validation = (
         [by_name[name] for name in names] for names in (chosen.train, chosen.validation)
     )
-    return PatchData(plan, train, validation, cache, progress=progress)
+    external = open_external(plan, validation)
+    return PatchData(plan, train, validation, cache, external=external, progress=progress)
 
 
 def with_choices(
@@ -302,14 +313,19 @@ def with_choices(
         raise PlanError(name_places(error, what="plan")) from error
 
 
-def choose_fold(dataset: Dataset, fold: int) -> Fold:
+def choose_fold(dataset: Dataset, fold: int, *, loads: Mapping[str, float] | None = None) -> Fold:
     """The cases of one of five folds, or of fewer where there are fewer cases.
 
     A single case is learnt from and validated on, with a warning: the score then says nothing about
     other cases.
 
+    Args:
+        dataset: whose cases are dealt.
+        fold: from 0.
+        loads: of each case by name, to stratify by; None: not.
+
     Raises:
-        DataError: if there is no labelled case.
+        DataError: if there is no labelled case, or one has no load.
         PlanError: if there is no such fold.
     """
     n_cases = len(dataset.cases)
@@ -322,7 +338,21 @@ def choose_fold(dataset: Dataset, fold: int) -> Fold:
     n_folds = min(N_FOLDS, n_cases)
     if not 0 <= fold < n_folds:
         raise PlanError(f"fold {fold}; there are {n_folds}, counted from 0")
-    return folds(dataset, n_folds=n_folds)[fold]
+    return folds(dataset, n_folds=n_folds, loads=loads)[fold]
+
+
+def _chosen(plan: Plan, dataset: Dataset, fold: int, split: NineWaySplit | None) -> Fold:
+    if split is None:
+        return choose_fold(dataset, fold, loads=_loads(plan))
+    if fold != 0:
+        raise PlanError(f"fold {fold} and a split, which says what is held out; give one of both")
+    ours = split.segmenter
+    check_there((*ours.train, *ours.validation), dataset.cases, of=split.dataset)
+    return Fold(train=ours.train, validation=ours.validation)
+
+
+def _loads(plan: Plan) -> Mapping[str, float] | None:
+    return plan.fingerprint.foreground_mm3 if plan.data.stratified else None
 
 
 def _seeded(plan: Plan) -> Plan:

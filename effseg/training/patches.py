@@ -11,8 +11,8 @@ from torch.utils.data import Dataset as TorchDataset
 
 from effseg.augment import Augmentation
 from effseg.plans import TrainingConfig
-from effseg.training.cache import CachedCase
-from effseg.types import Array, Shape3
+from effseg.training.cache import CachedCase, CachedImage
+from effseg.types import Array, Shape3, Slices3
 
 Start: TypeAlias = tuple[int, int, int]
 
@@ -31,6 +31,7 @@ class TrainingPatches(TorchDataset[tuple[Tensor, Tensor]]):
         config: the shares and the seed.
         epoch: part of each patch's seed.
         augmentation: applied to each patch.
+        external: cases of other data sets, and the share of the patches that comes from each.
     """
 
     def __init__(
@@ -42,8 +43,10 @@ class TrainingPatches(TorchDataset[tuple[Tensor, Tensor]]):
         config: TrainingConfig,
         epoch: int,
         augmentation: Augmentation,
+        external: Sequence[tuple[float, Sequence[CachedCase]]] = (),
     ) -> None:
         self.cases = cases
+        self.external = external
         self.patch_size = patch_size
         self.n_patches = n_patches
         self.config = config
@@ -56,10 +59,22 @@ class TrainingPatches(TorchDataset[tuple[Tensor, Tensor]]):
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         seed = (self.config.seed, self.epoch, index)
         rng = np.random.default_rng(seed)
-        case = self.cases[int(rng.integers(len(self.cases)))]
+        cases = self._source(rng)
+        case = cases[int(rng.integers(len(cases)))]
         start = draw_start(case, self.patch_size, rng, self.config)
         image, label = read_patch(case, start, self.patch_size)
         return self.augmentation(image, label, seed=(*seed, 1))
+
+    def _source(self, rng: np.random.Generator) -> Sequence[CachedCase]:
+        """The data set that a patch comes from; nothing is drawn where there is only one."""
+        if not self.external:
+            return self.cases
+        at = rng.random()
+        for share, cases in self.external:
+            if at < share:
+                return cases
+            at -= share
+        return self.cases
 
 
 class ValidationPatches(TorchDataset[tuple[Tensor, Tensor]]):
@@ -97,7 +112,7 @@ def draw_start(
     """The first voxel of a patch; below zero where the case is smaller than the patch."""
     size = np.asarray(patch_size)
     room = np.asarray(case.shape) - size
-    start = rng.integers(np.minimum(room, 0), np.maximum(room, 0) + 1)
+    start = np.asarray(draw_anywhere(case, patch_size, rng))
     if case.places.voxels and rng.random() < config.foreground:
         index = int(rng.choice(sorted(case.places.voxels)))
         places = case.places.voxels[index]
@@ -118,15 +133,42 @@ def read_patch(
 
     What lies outside the case is each channel's minimum, and background.
     """
+    source, target = _inside(case.shape, start, patch_size)
+    image, label = case.read(source)
+    labels = np.zeros(patch_size, dtype=label.dtype)
+    labels[target] = label
+    return _filled_up(image, case, target, patch_size), labels
+
+
+def read_image_patch(
+    case: CachedImage, start: Start, patch_size: Shape3
+) -> npt.NDArray[np.float32]:
+    """Image (channels, z, y, x) of a patch; outside the case it is each channel's minimum."""
+    source, target = _inside(case.shape, start, patch_size)
+    return _filled_up(case.read_image(source), case, target, patch_size)
+
+
+def _filled_up(
+    image: npt.NDArray[np.float32], case: CachedImage, target: Slices3, patch_size: Shape3
+) -> npt.NDArray[np.float32]:
+    patch = np.empty((len(image), *patch_size), dtype=np.float32)
+    patch[:] = case.fill.reshape(-1, 1, 1, 1)
+    patch[(slice(None), *target)] = image
+    return patch
+
+
+def draw_anywhere(case: CachedImage, patch_size: Shape3, rng: np.random.Generator) -> Start:
+    """The first voxel of a patch, each as likely; below zero where the case is smaller."""
+    room = np.asarray(case.shape) - np.asarray(patch_size)
+    start = rng.integers(np.minimum(room, 0), np.maximum(room, 0) + 1)
+    return (int(start[0]), int(start[1]), int(start[2]))
+
+
+def _inside(shape: Shape3, start: Start, patch_size: Shape3) -> tuple[Slices3, Slices3]:
+    """Which voxels of a case a patch shows, and where they lie in the patch."""
     source, target = [], []
-    for first, length, n in zip(start, patch_size, case.shape, strict=True):
+    for first, length, n in zip(start, patch_size, shape, strict=True):
         low, high = max(first, 0), min(first + length, n)
         source.append(slice(low, high))
         target.append(slice(low - first, high - first))
-    image, label = case.read((source[0], source[1], source[2]))
-    patch = np.empty((len(image), *patch_size), dtype=np.float32)
-    patch[:] = case.fill.reshape(-1, 1, 1, 1)
-    labels = np.zeros(patch_size, dtype=label.dtype)
-    patch[(slice(None), *target)] = image
-    labels[tuple(target)] = label
-    return patch, labels
+    return (source[0], source[1], source[2]), (target[0], target[1], target[2])
