@@ -36,7 +36,9 @@ _HOME = {
     "read_volume": "io",
     "resample_like": "resample",
     "resample_to_spacing": "resample",
+    "split_nine_ways": "dataset",
     "train": "training",
+    "train_adversarially": "training",
     "tune": "planner",
     "validate": "validation",
     "write_report": "report",
@@ -71,7 +73,9 @@ __all__ = [
     "read_volume",
     "resample_like",
     "resample_to_spacing",
+    "split_nine_ways",
     "train",
+    "train_adversarially",
     "tune",
     "validate",
     "write_report",
@@ -79,7 +83,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from effseg.dataset import Case, Dataset, audit, read_dataset
+    from effseg.dataset import Case, Dataset, audit, read_dataset, split_nine_ways
     from effseg.errors import (
         CheckpointError,
         DataError,
@@ -96,7 +100,7 @@ if TYPE_CHECKING:
     from effseg.report import write_report
     from effseg.resample import resample_like, resample_to_spacing
     from effseg.suspects import find_suspects
-    from effseg.training import TrainingState, find_learning_rate, train
+    from effseg.training import TrainingState, find_learning_rate, train, train_adversarially
     from effseg.validation import choose_thresholds, validate
     from effseg.volume import Grid, Volume
 

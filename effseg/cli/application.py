@@ -8,6 +8,7 @@ import typer
 from rich.logging import RichHandler
 
 from effseg import __version__
+from effseg.cli.adversarial import adversarial
 from effseg.cli.benchmarking import benchmark
 from effseg.cli.checking import check
 from effseg.cli.comparing import compare
@@ -17,6 +18,7 @@ from effseg.cli.failures import INTERNAL, STOPPED, USAGE, explained
 from effseg.cli.planning import plan
 from effseg.cli.prediction import predict
 from effseg.cli.reporting import report
+from effseg.cli.splitting import split
 from effseg.cli.suspecting import suspects
 from effseg.cli.thresholds import thresholds
 from effseg.cli.training import train
@@ -56,7 +58,9 @@ def settings(
 for verb in (
     check,
     plan,
+    split,
     train,
+    adversarial,
     predict,
     evaluate,
     thresholds,

@@ -20,6 +20,7 @@ from effseg.cli.options import (
 from effseg.cli.plan_tables import print_plan
 from effseg.cli.planning import Wanted, planned
 from effseg.cli.progress import bar, training_bars
+from effseg.cli.splitting import annotated_part
 from effseg.errors import PlanError
 
 if TYPE_CHECKING:
@@ -44,6 +45,21 @@ def train(
     network: NetworkName = None,
     options: NetworkOptions = None,
     augment: Augment = None,
+    external: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--with",
+            help="another data set of the same channels and labels, and its share of the patches: "
+            "other:0.3; never validated on; repeat",
+            metavar="DATASET:SHARE",
+        ),
+    ] = None,
+    split: Annotated[
+        Path | None,
+        typer.Option(
+            "--split", help="hold out as a split by `effseg split` says, in place of a fold"
+        ),
+    ] = None,
     init_from: Annotated[
         Path | None,
         typer.Option("--init-from", help="start from a run's weights, or a file of them"),
@@ -69,7 +85,7 @@ def train(
     `touch RUN/stop` ends a training after the step in hand, with all it learnt; so does Ctrl-C.
     """
     from effseg import training
-    from effseg.dataset import read_dataset
+    from effseg.dataset import NineWaySplit, read_dataset
 
     if resume is not None:
         _finish(_resumed(context, resume))
@@ -89,7 +105,11 @@ def train(
     if plan is not None and any(given.values()):
         name = next(name for name, value in given.items() if value)
         raise typer.BadParameter(f"{name} is for plans that are made here; a --plan has its own")
+    mixed = [training.parse_external(text) for text in external or ()]
     found = read_dataset(dataset)
+    drawn = None if split is None else NineWaySplit.load(split)
+    if drawn is not None:  # the others are not looked at, for a plan neither
+        found = annotated_part(found, drawn)
     if plan is not None:
         made = _loaded(plan, device)
     else:
@@ -113,6 +133,8 @@ def train(
             find_lr=find_lr,
             init_from=init_from,
             parent=parent,
+            external=mixed,
+            split=drawn,
         )
     _finish(run)
 
@@ -120,8 +142,8 @@ def train(
 def _resumed(context: typer.Context, run: Path) -> Path:
     """A run that was cut off, trained to its end."""
     from effseg import training
-    from effseg.dataset import read_dataset
-    from effseg.record import PLAN, RECORD, RunRecord
+    from effseg.dataset import NineWaySplit, read_dataset
+    from effseg.record import PLAN, RECORD, SPLIT, RunRecord
 
     given = [name for name in context.params if _is_given(context, name) and name != "resume"]
     if given:
@@ -130,6 +152,9 @@ def _resumed(context: typer.Context, run: Path) -> Path:
         )
     record = RunRecord.load(run / RECORD)
     found = read_dataset(record.dataset)
+    drawn = NineWaySplit.load(run / SPLIT) if (run / SPLIT).is_file() else None
+    if drawn is not None:
+        found = annotated_part(found, drawn)
     with training_bars(len(found.cases)) as (preparing, progress):
         return training.train(
             run / PLAN,
@@ -137,6 +162,7 @@ def _resumed(context: typer.Context, run: Path) -> Path:
             out=run,
             fold=record.fold or 0,
             devices=record.n_devices or 1,
+            split=drawn,
             resume=True,
             preparing=preparing,
             progress=progress,
