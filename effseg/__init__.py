@@ -26,6 +26,7 @@ _HOME = {
     "audit": "dataset",
     "choose_thresholds": "validation",
     "compare_scores": "evaluation",
+    "distill": "training",
     "evaluate": "evaluation",
     "find_learning_rate": "training",
     "find_suspects": "suspects",
@@ -63,6 +64,7 @@ __all__ = [
     "audit",
     "choose_thresholds",
     "compare_scores",
+    "distill",
     "evaluate",
     "find_learning_rate",
     "find_suspects",
@@ -100,7 +102,13 @@ if TYPE_CHECKING:
     from effseg.report import write_report
     from effseg.resample import resample_like, resample_to_spacing
     from effseg.suspects import find_suspects
-    from effseg.training import TrainingState, find_learning_rate, train, train_adversarially
+    from effseg.training import (
+        TrainingState,
+        distill,
+        find_learning_rate,
+        train,
+        train_adversarially,
+    )
     from effseg.validation import choose_thresholds, validate
     from effseg.volume import Grid, Volume
 

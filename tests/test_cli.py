@@ -50,6 +50,7 @@ def test_help_lists_the_verbs() -> None:
         "predict",
         "evaluate",
         "thresholds",
+        "distill",
         "report",
         "compare",
         "suspects",

@@ -13,6 +13,7 @@ from effseg.cli.benchmarking import benchmark
 from effseg.cli.checking import check
 from effseg.cli.comparing import compare
 from effseg.cli.console import console, errors, plain
+from effseg.cli.distillation import distill
 from effseg.cli.evaluation import evaluate
 from effseg.cli.failures import INTERNAL, STOPPED, USAGE, explained
 from effseg.cli.planning import plan
@@ -64,6 +65,7 @@ for verb in (
     predict,
     evaluate,
     thresholds,
+    distill,
     report,
     compare,
     suspects,

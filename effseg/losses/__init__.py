@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from effseg.losses.compound import CompoundLoss
 from effseg.losses.deep_supervision import DeepSupervisionLoss
 from effseg.losses.scheduled import ScheduledLoss
+from effseg.losses.soft import DistillationLoss, SoftLabels, add_teacher
 from effseg.losses.sums import class_sums, voxel_chunks
 from effseg.plans import LossConfig
 from effseg.types import Spacing
@@ -50,7 +51,10 @@ def build_losses(
 __all__ = [
     "CompoundLoss",
     "DeepSupervisionLoss",
+    "DistillationLoss",
     "ScheduledLoss",
+    "SoftLabels",
+    "add_teacher",
     "build_loss",
     "build_losses",
     "class_sums",

@@ -17,6 +17,7 @@ from effseg.memory import MemoryReport, trace_forward
 from effseg.networks import build_network
 from effseg.optimizers import numbers_kept
 from effseg.planner.step import TRAINER_BYTES, beside_training, predicted_peak
+from effseg.planner.teachers import teacher_bytes
 from effseg.plans import AugmentConfig, Plan
 from effseg.postprocess import COMPONENT_BYTES
 from effseg.preprocess import Frame, preparing_bytes
@@ -162,15 +163,16 @@ def training_peak(plan: Plan, report: MemoryReport) -> int:
         report, device=kind, heap=plan.memory.heap, beside_bytes=beside_training(report, kind)
     )
     step += accumulating_bytes(plan, report)
-    scoring = validation_bytes(plan)
+    taught = teacher_bytes(plan)
+    scoring = validation_bytes(plan) + taught
     if kind == "cuda":
         return max(step, scoring)
     loader = plan.memory.loader_bytes
     if plan.training.workers > 0:
         return max(step, scoring) + loader
-    # at rest: the weights, the averaged ones, and what the optimizer keeps
+    # at rest: the weights, the averaged ones, what the optimizer keeps, and teachers
     resting = 2 + numbers_kept(plan.training.optimizer)
-    between = resting * report.parameter_bytes + TRAINER_BYTES + loader
+    between = resting * report.parameter_bytes + taught + TRAINER_BYTES + loader
     return max(step, scoring, between)
 
 

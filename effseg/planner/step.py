@@ -10,13 +10,21 @@ from torch import Tensor, nn
 
 from effseg.devices import AUTOCAST, DeviceKind, Precision, device_kind
 from effseg.errors import PlanError
-from effseg.losses import DeepSupervisionLoss, build_loss
+from effseg.losses import DeepSupervisionLoss, DistillationLoss, build_loss
 from effseg.memory import MemoryReport, Policy, apply_policy, recompute, trace_peak
 from effseg.networks import MemoryMode, build_network, for_loss, why_whole
 from effseg.networks.freezing import freeze_for_start, set_frozen
 from effseg.optimizers import build_optimizer
 from effseg.planner.recipe import with_class_weights
-from effseg.plans import Heap, LossConfig, OptimizerConfig, Plan, PlannedNetwork
+from effseg.planner.teachers import TaughtStep, teacher_networks
+from effseg.plans import (
+    DistillationConfig,
+    Heap,
+    LossConfig,
+    OptimizerConfig,
+    Plan,
+    PlannedNetwork,
+)
 from effseg.types import Shape3
 
 HOST_SLACK = 1.1
@@ -95,6 +103,8 @@ class Flagship:
         precision: of the step.
         device: whose rules to follow.
         optimizer: its configuration.
+        distillation: what is learnt from teachers; None: nothing.
+        teachers: their networks.
         modes: of the network's memory.
         can_split: whether samples may go through the network one after the other.
     """
@@ -105,6 +115,8 @@ class Flagship:
     precision: Precision
     device: DeviceKind
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    distillation: DistillationConfig | None = None
+    teachers: tuple[PlannedNetwork, ...] = ()
     modes: tuple[MemoryMode, ...] = field(default=("plain", "shared"))
     can_split: bool = True
 
@@ -124,7 +136,16 @@ class Flagship:
         )
         if config.deep_supervision:
             loss = DeepSupervisionLoss(loss)
-        runner = _SampleBySample(network, loss) if split else _WholeBatch(network, loss)
+        taught = self.distillation
+        if taught is not None:
+            loss = DistillationLoss(loss, weight=taught.weight, temperature=taught.temperature)
+        runner: Any = _SampleBySample(network, loss) if split else _WholeBatch(network, loss)
+        outer, name = f"{type(runner).__name__}.network", type(network).__name__
+        teacher_bytes = 0
+        if taught is not None:
+            runner = TaughtStep(runner, self.teachers, taught)
+            outer = f"{type(runner).__name__}.runner.network"
+            teacher_bytes = sum(p.nbytes for p in runner.teachers.parameters())
         report = trace_peak(
             runner,
             (batch, config.in_channels, *patch),
@@ -135,11 +156,15 @@ class Flagship:
             autocast=AUTOCAST[self.precision],
             device=self.device,
         )
-        outer, name = f"{type(runner).__name__}.network", type(network).__name__
         timeline = (
             replace(event, module=event.module.replace(outer, name, 1)) for event in report.timeline
         )
-        return replace(report, timeline=tuple(timeline))
+        return replace(
+            report,
+            timeline=tuple(timeline),
+            # of what is trained: teachers stand in the peak, and have neither state nor average
+            parameter_bytes=report.parameter_bytes - teacher_bytes,
+        )
 
 
 class _WholeBatch(nn.Module):
@@ -195,6 +220,7 @@ def trace_plan(plan: Plan) -> MemoryReport:
     Raises:
         PlanError: if a policy names no stage of the network, nothing in it may learn, or samples
             are to go one after the other through one that needs them all.
+        CheckpointError: if teachers do not fit the plan.
     """
     plan = with_class_weights(plan)
     reports = (_trace_loss(plan, loss) for loss in plan.training.losses)
@@ -209,6 +235,8 @@ def _trace_loss(plan: Plan, loss: LossConfig) -> MemoryReport:
         precision=plan.precision,
         device=device_kind(plan.device),
         optimizer=plan.training.optimizer,
+        distillation=plan.training.distillation,
+        teachers=tuple(network for network, _ in teacher_networks(plan)),
     )
     network = subject.network(plan.patch_size, plan.network.memory)
     start = plan.training.start

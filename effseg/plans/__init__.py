@@ -8,6 +8,7 @@ from effseg.plans.adversarial import AdversarialConfig
 from effseg.plans.augment import CHANGES, POLICIES, AugmentConfig, Policy
 from effseg.plans.config import Config, Heap
 from effseg.plans.data import DataConfig, ExternalData
+from effseg.plans.distillation import DistillationConfig
 from effseg.plans.fingerprint import ChannelFacts, Fingerprint, LabelFacts
 from effseg.plans.inference import InferenceConfig, PostprocessConfig
 from effseg.plans.loss import LOSSES, LossChange, LossConfig
@@ -30,6 +31,7 @@ __all__ = [
     "ChannelFacts",
     "Config",
     "DataConfig",
+    "DistillationConfig",
     "ExternalData",
     "Fingerprint",
     "Heap",

@@ -148,6 +148,12 @@ class Plan(Config):
             raise ValueError(f"labels have value {twice[0]} twice; each needs one of its own")
         if self.ignore_label in values:
             raise ValueError(f"ignore_label {self.ignore_label} is also a label to predict")
+        distillation = self.training.distillation
+        if distillation is not None and distillation.unannotated and self.ignore_label is None:
+            raise ValueError(
+                f"training.distillation.unannotated names {len(distillation.unannotated)} scans "
+                "and ignore_label is null; their voxels need a value that is no label"
+            )
         n_foreground = len(self.labels) - 1
         if len(self.inference.thresholds) not in (0, n_foreground):
             raise ValueError(

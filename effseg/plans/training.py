@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from effseg.plans.augment import AugmentConfig
 from effseg.plans.config import Config, Share
+from effseg.plans.distillation import DistillationConfig
 from effseg.plans.loss import LossChange, LossConfig
 from effseg.plans.optimizer import OptimizerConfig
 from effseg.plans.start import StartConfig
@@ -38,6 +39,9 @@ class TrainingConfig(Config):
     loss: LossConfig = LossConfig()
     loss_schedule: tuple[LossChange, ...] = Field(
         (), description="losses that come later, each in place of the one before"
+    )
+    distillation: DistillationConfig | None = Field(
+        None, description="trained runs to learn from beside the labels; None: labels alone"
     )
     optimizer: OptimizerConfig = OptimizerConfig()
     stopping: StoppingConfig = StoppingConfig()

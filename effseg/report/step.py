@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from effseg.errors import PlanError
+from effseg.errors import CheckpointError, PlanError
 from effseg.memory import MemoryEvent, MemoryReport
 from effseg.planner import retrace_plan
 from effseg.plans import Plan, format_bytes
@@ -119,7 +119,7 @@ def draw_plan(plan: Plan) -> tuple[StepChart | None, str]:
     """The step of a plan, traced and drawn; None and the reason where it cannot be traced."""
     try:
         report = retrace_plan(plan)
-    except PlanError as error:
+    except (PlanError, CheckpointError) as error:  # teachers may be gone
         return None, f"No picture of a step: {error}."
     if not report.timeline:
         return None, "No picture of a step: no operator ran in it."

@@ -3,6 +3,7 @@
 from effseg.training.adversarial import train_adversarially
 from effseg.training.callbacks import TrainingState
 from effseg.training.contest import ContestState
+from effseg.training.distillation import distill
 from effseg.training.external import parse_external
 from effseg.training.fit import choose_fold, find_learning_rate, train
 from effseg.training.pair_memory import plan_pair
@@ -13,6 +14,7 @@ __all__ = [
     "LearningRates",
     "TrainingState",
     "choose_fold",
+    "distill",
     "find_learning_rate",
     "parse_external",
     "plan_pair",

@@ -40,6 +40,7 @@ from effseg.training.resuming import EpochCheckpoint, RunState, rewind
 from effseg.training.snapshots import Snapshots
 from effseg.training.stopping import EarlyStop
 from effseg.training.trainer import build_trainer, fit, import_late_parts, quiet_lightning
+from effseg.training.unannotated import unannotated_cases
 from effseg.training.waiting import WaitWatch
 
 logger = logging.getLogger("effseg")
@@ -277,6 +278,7 @@ def _prepare(
     train, validation = (
         [by_name[name] for name in names] for names in (chosen.train, chosen.validation)
     )
+    train += unannotated_cases(plan, cache / "unannotated")
     external = open_external(plan, validation)
     return PatchData(plan, train, validation, cache, external=external, progress=progress)
 

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from effseg.errors import DataError, MemoryBudgetError
-from effseg.losses import DeepSupervisionLoss, build_losses
+from effseg.losses import DeepSupervisionLoss, DistillationLoss, build_losses
 from effseg.memory import apply_policy
 from effseg.networks import build_network, finest
 from effseg.networks.freezing import freeze_for_start
@@ -25,6 +25,8 @@ from effseg.record import RunChange
 from effseg.training.clock import Clock
 from effseg.training.rescue import Rescue, first_line, is_out_of_memory
 from effseg.training.starting import load_weights
+from effseg.training.step import BatchLoss
+from effseg.training.teachers import Teachers
 
 logger = logging.getLogger("effseg")
 
@@ -96,9 +98,17 @@ class SegmentationModule(pl.LightningModule):  # type: ignore[misc]  # Lightning
             spacing=plan.spacing,
         )
         self.loss = loss
+        batch_loss: BatchLoss = DeepSupervisionLoss(loss) if plan.network.deep_supervision else loss
+        # no part of the module: neither trained nor kept
+        self.teachers = Teachers.of(plan)
+        taught = plan.training.distillation
+        if taught is not None:
+            batch_loss = DistillationLoss(
+                batch_loss, weight=taught.weight, temperature=taught.temperature
+            )
         self.rescue = Rescue(
             self.network,
-            DeepSupervisionLoss(loss) if plan.network.deep_supervision else loss,
+            batch_loss,
             batch_size=plan.batch_size,
             split=plan.sample_by_sample,
         )
@@ -145,7 +155,8 @@ class SegmentationModule(pl.LightningModule):  # type: ignore[misc]  # Lightning
         del batch_idx
         size = self.plan.batch_size
         image, label = (part[self.part * size : (self.part + 1) * size] for part in batch)
-        loss = self.rescue.step.loss(image, label)
+        taught = label if self.teachers is None else self.teachers.soft_labels(image, label)
+        loss = self.rescue.step.loss(image, taught)
         self.check_loss(loss)
         self.part_losses[self.part :] = [loss.detach()]
         n_parts = self.plan.training.optimizer.accumulate

@@ -5,6 +5,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from effseg.losses import SoftLabels
 from effseg.networks import for_loss, one_of_batch
 from effseg.types import Features
 
@@ -12,11 +13,11 @@ from effseg.types import Features
 class BatchLoss(Protocol):
     """A loss that reads each sample by itself first, as `effseg.losses` do."""
 
-    def __call__(self, outputs: Any, labels: Tensor, /) -> Tensor:
+    def __call__(self, outputs: Any, labels: Any, /) -> Tensor:
         """The loss of a batch, a scalar."""
         ...
 
-    def terms(self, outputs: Any, labels: Tensor, /) -> Tensor:
+    def terms(self, outputs: Any, labels: Any, /) -> Tensor:
         """All that the loss reads of each sample, one row a sample."""
         ...
 
@@ -28,7 +29,7 @@ class BatchLoss(Protocol):
 class Step(Protocol):
     """Forward and backward of a batch; gradients come to lie on the network's parameters."""
 
-    def loss(self, image: Features, label: Tensor) -> Tensor:
+    def loss(self, image: Features, label: Tensor | SoftLabels) -> Tensor:
         """The loss of a batch, a scalar."""
         ...
 
@@ -44,7 +45,7 @@ class WholeBatch:
         self.network = network
         self.batch_loss = batch_loss
 
-    def loss(self, image: Features, label: Tensor) -> Tensor:
+    def loss(self, image: Features, label: Tensor | SoftLabels) -> Tensor:
         """Forward and loss."""
         return self.batch_loss(for_loss(self.network, image), label)
 
@@ -68,7 +69,7 @@ class SampleBySample:
         self.batch_loss = batch_loss
         self._pending: _Pending | None = None
 
-    def loss(self, image: Features, label: Tensor) -> Tensor:
+    def loss(self, image: Features, label: Tensor | SoftLabels) -> Tensor:
         """Each sample's forward, nothing of which is kept, and the loss of all."""
         pending = self._pending = _Pending(image, label)
         with torch.no_grad():
@@ -99,7 +100,7 @@ class SampleBySample:
         after.restore()
 
     def _terms(self, pending: "_Pending", index: int) -> Tensor:
-        image, label = (part[index, None] for part in (pending.image, pending.label))
+        image, label = pending.image[index, None], pending.label[index, None]
         pending.random.restore()
         return self.batch_loss.terms(for_loss(self.network, image), label)
 
@@ -107,7 +108,7 @@ class SampleBySample:
 class _Pending:
     """A batch between forward and backward."""
 
-    def __init__(self, image: Tensor, label: Tensor) -> None:
+    def __init__(self, image: Tensor, label: Tensor | SoftLabels) -> None:
         self.image, self.label = image, label
         self.random = RandomState.of(image.device)
         self.terms: Tensor | None = None
