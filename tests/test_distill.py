@@ -23,7 +23,7 @@ from effseg.plans import Plan
 from effseg.record import RunRecord
 from effseg.report.step import draw_plan
 from effseg.training import distill
-from effseg.training.distillation import warn_of_leaks, with_teachers
+from effseg.training.distillation import fitting, warn_of_leaks, with_teachers
 from effseg.training.module import SegmentationModule
 from effseg.training.teachers import Teachers
 from effseg.validation import validate
@@ -108,6 +108,21 @@ def test_what_does_not_fit_is_refused(tiny_plan: Plan, teachers: list[Path]) -> 
     check_plan(plan)
     with pytest.raises(MemoryBudgetError, match=r"raise memory\.budget_bytes"):
         check_plan(taught(plan, teachers))
+
+
+def test_a_tight_budget_takes_samples_one_after_the_other(
+    tiny_plan: Plan, teachers: list[Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    memory = tiny_plan.memory.model_copy(update={"heap": "mapped"})
+    plan = taught(tiny_plan.model_copy(update={"memory": memory, "batch_size": 4}), teachers)
+    assert fitting(plan) == check_plan(plan)
+    split = check_plan(plan.model_copy(update={"sample_by_sample": True}))
+    tight = memory.model_copy(update={"budget_bytes": split.memory.peak_bytes})
+    assert fitting(plan.model_copy(update={"memory": tight})).sample_by_sample
+    assert "samples go one after the other" in caplog.text
+    none = memory.model_copy(update={"budget_bytes": split.memory.peak_bytes - 1})
+    with pytest.raises(MemoryBudgetError):
+        fitting(plan.model_copy(update={"memory": none}))
 
 
 def test_misfits_are_refused(tiny_plan: Plan, teachers: list[Path], tmp_path: Path) -> None:

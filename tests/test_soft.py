@@ -7,12 +7,17 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax, softmax
 
 from effseg.errors import GeometryError, PlanError
 from effseg.kernels import class_sums, soft_sums
-from effseg.losses import DiceCELoss, DistillationLoss, SoftLabels, add_teacher
+from effseg.losses import DistillationLoss, SoftLabels, add_teacher, build_loss
 from effseg.losses.soft import soft_cross_entropy
 from effseg.memory import measure_peak
 from effseg.networks import NormActConv, defer_logits
+from effseg.plans import LossConfig
 
 SPACE = (4, 5, 6)
+
+
+def hard_loss(ignore_label: int | None = None) -> nn.Module:
+    return build_loss(LossConfig(), ignore_label=ignore_label, n_classes=3)
 
 
 def head_of(kind: str, *, classes: int = 3, channels: int = 4) -> nn.Module:
@@ -60,7 +65,7 @@ def test_equals_torch_with_all_its_gradients(kind, deferred, monkeypatch) -> Non
 def test_gradients_are_those_of_the_function(kind) -> None:
     head, targets = head_of(kind), targets_of(2, 8)
     labels = torch.randint(0, 3, (2, 2, 2, 2))
-    loss = DistillationLoss(DiceCELoss(), weight=0.4, temperature=2.0)
+    loss = DistillationLoss(hard_loss(), weight=0.4, temperature=2.0)
 
     def run(features: Tensor) -> Tensor:
         return loss(defer_logits(head, features), SoftLabels(labels, targets))
@@ -83,7 +88,7 @@ def test_targets_are_the_mean_of_the_teachers(dtype) -> None:
 
 
 def test_samples_may_come_one_after_the_other() -> None:
-    loss = DistillationLoss(DiceCELoss(ignore_label=9), weight=0.3, temperature=3.0)
+    loss = DistillationLoss(hard_loss(9), weight=0.3, temperature=3.0)
     logits, targets = torch.randn(3, 3, *SPACE), targets_of(3, 120)
     labels = torch.randint(0, 3, (3, *SPACE))
     labels[1] = 9  # one that nobody labelled
@@ -91,7 +96,7 @@ def test_samples_may_come_one_after_the_other() -> None:
     whole = loss(logits, soft)
     rows = [loss.terms(logits[i, None], soft[i, None]) for i in range(3)]
     torch.testing.assert_close(loss.of_terms(torch.cat(rows)).float(), whole)
-    hard = DiceCELoss(ignore_label=9)(logits, labels)
+    hard = hard_loss(9)(logits, labels)
     entropy = cross_entropy(logits / 3, targets.movedim(-1, 1).unflatten(-1, SPACE).float())
     torch.testing.assert_close(whole, 0.7 * hard + 0.3 * 9 * entropy)
 
@@ -132,4 +137,4 @@ def test_misfits_are_refused() -> None:
         soft_cross_entropy(torch.randn(2, 3, *SPACE), targets_of(2, 120, 4), 1.0)
     for choice in ({"weight": 1.5, "temperature": 1.0}, {"weight": 0.5, "temperature": 0.0}):
         with pytest.raises(PlanError, match="expected 0 to 1, and above 0"):
-            DistillationLoss(DiceCELoss(), **choice)
+            DistillationLoss(hard_loss(), **choice)

@@ -53,7 +53,7 @@ def predict(
 
     Args:
         run: a run's folder, or a loaded `Run`; or several of one plan's patch, spacing, channels
-            and labels, such as folds.
+            and labels, such as folds. Thresholds and rule are the first one's.
         image: a file, a DICOM folder or zip, a `Volume`, or a `Case` whose files are the channels,
             or such files judged already.
         out: write the label map there, slab by slab; its suffix names the format. The name appears

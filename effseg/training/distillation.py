@@ -7,12 +7,13 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from effseg.dataset import Case, Dataset
-from effseg.errors import CheckpointError, DataError, PlanError
+from effseg.errors import CheckpointError, DataError, MemoryBudgetError, PlanError
 from effseg.files import name_places
+from effseg.planner import check_plan
 from effseg.plans import Plan
 from effseg.record import PLAN, RECORD, RunRecord
 from effseg.training.callbacks import TrainingState
-from effseg.training.fit import train
+from effseg.training.fit import train, with_choices
 
 logger = logging.getLogger("effseg")
 
@@ -40,7 +41,8 @@ def distill(
     the cross-entropy against the mean of the teachers' probabilities at a temperature (Hinton et
     al. 2015, arXiv:1503.02531). Each step asks the teachers about its own patches. It takes one
     teacher's weights more, and two bytes a class and voxel of the batch; the plan's peak counts
-    both, and what does not fit the plan's budget is refused.
+    both. Where that is more than the plan's budget, samples of a batch go one after the other, with
+    two forwards a step; what does not fit even so is refused.
 
     Args:
         teachers: folders of runs of the student's channels, labels and spacing.
@@ -78,8 +80,9 @@ def distill(
     plan = with_teachers(
         plan, folders, unannotated=unannotated, temperature=temperature, weight=weight
     )
+    plan = with_choices(plan, minutes=None, epochs=None, device=device, seed=None)
     out = train(
-        plan,
+        fitting(plan),
         dataset,
         out=out,
         minutes=minutes,
@@ -92,6 +95,22 @@ def distill(
     )
     warn_of_leaks(RunRecord.load(out / RECORD), dict(zip(folders, records, strict=True)))
     return out
+
+
+def fitting(plan: Plan) -> Plan:
+    """A student's plan; with samples one after the other where it only fits its budget so.
+
+    Raises:
+        MemoryBudgetError: if it does not fit.
+    """
+    try:
+        return check_plan(plan)
+    except MemoryBudgetError as error:
+        if plan.sample_by_sample or plan.batch_size == 1 or plan.network.norm == "batch":
+            raise
+        split = check_plan(plan.model_copy(update={"sample_by_sample": True}))
+        logger.warning("%s; samples go one after the other, with two forwards a step", error)
+        return split
 
 
 def with_teachers(
