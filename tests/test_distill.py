@@ -218,5 +218,5 @@ def test_the_command_line_makes_a_student(
     words += ["--unannotated", str(scans), "--epochs", "1"]
     done = CliRunner().invoke(app, words)
     assert done.exit_code == 0, done.output
-    assert (out / "report.html").is_file()
+    assert "2 runs say of each patch is 50% of the loss" in (out / "report.html").read_text()
     assert read_volume(next((out / "validation").glob("*.nii.gz"))).array.ndim == 3

@@ -146,6 +146,11 @@ def with_teachers(
         content["ignore_label"] = 1 + max(label.value for label in plan.labels)
     # how its cut was chosen is the teacher's matter
     content["inference"]["thresholds"] = ()
+    content["reasons"].pop("thresholds", None)
+    content["reasons"]["temperature"] = (
+        f"what {len(teachers)} runs say of each patch is {weight:.0%} of the loss"
+        + (f"; {len(scans)} scans without labels are learnt from too" if scans else "")
+    )
     try:
         return Plan.model_validate(content)
     except ValidationError as error:
