@@ -91,9 +91,13 @@ def test_the_trace_of_a_taught_step_is_what_it_takes(
     assert measure_peak(step).peak_bytes == pytest.approx(report.peak_bytes, rel=0.02)
 
 
-def test_memory_does_not_grow_with_the_teachers(tiny_plan: Plan, teachers: list[Path]) -> None:
-    one, four = (trace_plan(taught(tiny_plan, teachers[:1] * n)) for n in (1, 4))
-    assert one.peak_bytes == four.peak_bytes
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_memory_does_not_grow_with_the_teachers(
+    tiny_plan: Plan, teachers: list[Path], device
+) -> None:
+    plan = tiny_plan.model_copy(update={"device": device})
+    one, four = (trace_plan(taught(plan, teachers[:1] * n)) for n in (1, 4))
+    assert one.peak_bytes == four.peak_bytes > trace_plan(plan).peak_bytes
 
 
 def test_what_does_not_fit_is_refused(tiny_plan: Plan, teachers: list[Path]) -> None:
