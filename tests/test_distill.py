@@ -17,7 +17,7 @@ from effseg.errors import CheckpointError, DataError, MemoryBudgetError, PlanErr
 from effseg.inference import load_run, predict
 from effseg.io import read_volume
 from effseg.memory import measure_peak
-from effseg.networks import DenseUNet
+from effseg.networks import DenseUNet, build_network
 from effseg.planner import check_plan, trace_plan
 from effseg.plans import Plan
 from effseg.record import RunRecord
@@ -64,6 +64,25 @@ def test_targets_are_the_mean_of_what_the_runs_say(tiny_plan: Plan, teachers: li
     assert soft.labels is label
     assert not soft.targets.requires_grad
     assert Teachers.of(tiny_plan) is None
+
+
+def test_teachers_may_be_of_several_networks(tiny_plan: Plan, teachers: list[Path]) -> None:
+    plan = Plan.load(teachers[1] / "plan.json")
+    wide = plan.network.model_copy(update={"stem_channels": 16, "memory": "plain"})
+    network = build_network(wide).eval()
+    plan.model_copy(update={"network": wide}).save(teachers[1] / "plan.json")
+    save_file(network.state_dict(), teachers[1] / "model.safetensors")
+    student = taught(tiny_plan, teachers)
+    asked = Teachers.of(student)
+    assert asked is not None
+    assert len(asked.networks) == 2
+    image, label = batch_of(tiny_plan)
+    with torch.no_grad():
+        one = load_run(teachers[0]).network(image)
+        expected = ((one / 2).softmax(1) + (network(image) / 2).softmax(1)) / 2
+    got = asked.soft_labels(image, label).targets.movedim(-1, 1).unflatten(-1, (16, 16, 16))
+    torch.testing.assert_close(got.float(), expected, atol=6e-4, rtol=0)
+    assert trace_plan(student).peak_bytes > trace_plan(taught(tiny_plan, teachers[:1])).peak_bytes
 
 
 @pytest.mark.parametrize(("memory", "split"), [("shared", False), ("plain", True)])
@@ -127,6 +146,9 @@ def test_a_tight_budget_takes_samples_one_after_the_other(
     none = memory.model_copy(update={"budget_bytes": split.memory.peak_bytes - 1})
     with pytest.raises(MemoryBudgetError):
         fitting(plan.model_copy(update={"memory": none}))
+    batch_norm = plan.network.model_copy(update={"norm": "batch"})
+    with pytest.raises(MemoryBudgetError):
+        fitting(plan.model_copy(update={"memory": tight, "network": batch_norm}))
 
 
 def test_misfits_are_refused(tiny_plan: Plan, teachers: list[Path], tmp_path: Path) -> None:

@@ -106,9 +106,12 @@ def fitting(plan: Plan) -> Plan:
     try:
         return check_plan(plan)
     except MemoryBudgetError as error:
-        if plan.sample_by_sample or plan.batch_size == 1 or plan.network.norm == "batch":
+        if plan.sample_by_sample or plan.batch_size == 1:
             raise
-        split = check_plan(plan.model_copy(update={"sample_by_sample": True}))
+        try:
+            split = check_plan(plan.model_copy(update={"sample_by_sample": True}))
+        except PlanError:  # a network that needs its batch whole
+            raise error from None
         logger.warning("%s; samples go one after the other, with two forwards a step", error)
         return split
 
