@@ -108,8 +108,8 @@ def test_resident_memory_of_a_run_is_within_15_percent_of_the_forecast(
         update={
             "patch_size": (96, 96, 96),
             "spacing": (1.0, 0.7, 0.7),
-            # two windows: beside one, what is put by for components would be more than 15 percent
-            "inference": plan.inference.model_copy(update={"overlap": 0.2, "window_batch": 2}),
+            # four windows: beside one, what is put by for components is more than 15 percent
+            "inference": plan.inference.model_copy(update={"overlap": 0.2, "window_batch": 4}),
         }
     )
     plan.save(folder / "plan.json")
