@@ -8,6 +8,10 @@ from effseg.devices import DeviceKind
 
 logger = logging.getLogger("effseg")
 
+LEAST_WINDOWS: dict[DeviceKind, int] = {"cpu": 2, "cuda": 1}
+"""In a pass that is timed. On a CPU torch convolves one small window by other kernels than several,
+which are slower and round otherwise; 2 and 4 give the same bits, so that time decides no label."""
+
 MOST_WINDOWS: dict[DeviceKind, int] = {"cpu": 4, "cuda": 16}
 """In a pass that is timed."""
 
@@ -22,16 +26,21 @@ class Pace:
     """Seconds that a window takes in passes of 1, 2, 4, ... windows.
 
     Each size is tried on windows that are due; what comes of them is used. Twice as many windows
-    are tried as long as that pays. Which size wins changes logits by rounding at most.
+    are tried as long as that pays. Which size wins changes logits by rounding at most, on a CPU not
+    at all.
+
+    Args:
+        kind: of the device.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, kind: DeviceKind) -> None:
+        self._least = LEAST_WINDOWS[kind]
         self._seconds: dict[int, list[float]] = {}
         self._told: int | None = None
 
     def windows(self, most: int) -> int:
         """How many windows the next pass should take, of at most so many."""
-        size = 1
+        size = min(self._least, most)
         while self._is_known(size) and 2 * size <= most:
             if self._is_known(2 * size) and not self._pays(2 * size):
                 break

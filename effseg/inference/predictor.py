@@ -66,7 +66,7 @@ class Predictor:
             mirrors; a network that was not trained on mirrored images takes them for others.
         device: where the network runs, "cpu", "cuda" or "cuda:1".
         window_batch: windows in one pass; None: as many as are fastest, told by timing 1, 2, 4, ...
-            as far as `memory` has room; on a CPU only windows of less than 64^3 are joined.
+            as far as `memory` has room; on a CPU 2 or 4 that are together at most 64^3, else 1.
         precision: autocast type; "float32" switches autocast off.
         skip_constant: run windows of one constant value, such as clipped air, once for all that
             have the same; the result is the same.
@@ -124,7 +124,7 @@ class Predictor:
         self.skip_constant = skip_constant
         self.memory = budget_of(memory, device)
         self.scratch = Path(tempfile.gettempdir() if scratch is None else scratch)
-        self.pace = Pace()
+        self.pace = Pace(device_kind(self.device.type))
         self._blending = Blending(self.networks, patch_size, self.device, weights=self.weights)
 
     def predict(

@@ -9,7 +9,7 @@ from typing import Self, TypeAlias
 
 from torch import nn
 
-from effseg.devices import AUTOCAST, DeviceKind, is_present
+from effseg.devices import AUTOCAST, DeviceKind, device_kind, is_present
 from effseg.errors import CheckpointError, PlanError
 from effseg.inference.headless import Headless, find_headless
 from effseg.inference.pace import Pace
@@ -73,9 +73,9 @@ class Run:
         """The files that take turns in the network; none where it holds the only one."""
         return self.weights if len(self.weights) > 1 else ()
 
-    def pace(self, manner: tuple[object, ...]) -> Pace:
+    def pace(self, device: str, *, manner: tuple[object, ...]) -> Pace:
         """What was found of how many windows a pass should take, in a manner of passing them."""
-        return self._paces.setdefault(manner, Pace())
+        return self._paces.setdefault((device, *manner), Pace(device_kind(device)))
 
     def window_bytes(self, kind: DeviceKind, n: int) -> int:
         """What one pass over so many windows takes at most, weights included; traced once.

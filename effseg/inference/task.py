@@ -124,7 +124,7 @@ class Task:
             skip_constant=self.skip_constant,
             scratch=self.scratch,
         )
-        predictor.pace = runs[0].pace((device, along, sum(one.n_models for one in runs)))
+        predictor.pace = runs[0].pace(device, manner=(along, sum(one.n_models for one in runs)))
         image = given.opened(whole=way.reading == "whole")
         return RunSweep(
             frame=way.frame,

@@ -25,8 +25,7 @@ class InferenceConfig(Config):
         None,
         ge=1,
         description="windows in one pass; null: as many as are fastest, told by timing 1, 2, 4, "
-        "... as far as the budget has room (on a CPU, windows of less than 64^3 alone); a number "
-        "gives the same bits each time",
+        "... as far as the budget has room; on a CPU 2 or 4 that are together at most 64^3, else 1",
     )
     thresholds: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field(
         (),
