@@ -318,6 +318,10 @@ def test_what_cannot_begin_is_refused_at_the_door(
         train(quick, split=None)
     with pytest.raises(PlanError, match="precision float16"):
         train(quick.model_copy(update={"precision": "float16"}), split=split)
+    optimizer = quick.training.optimizer.model_copy(update={"accumulate": 2})
+    training = quick.training.model_copy(update={"optimizer": optimizer})
+    with pytest.raises(PlanError, match=r"training.optimizer.accumulate is set.*set it to 1"):
+        train(quick.model_copy(update={"training": training}), split=split)
     absent = read_dataset(balls).cases[:2]
     with pytest.raises(DataError, match="not among the 2 unannotated cases given"):
         train(quick, split=split, unannotated=absent)

@@ -91,8 +91,8 @@ def train_adversarially(
     Raises:
         KeyboardInterrupt: as it was sent; the run can be resumed.
         PlanError: if plan and data do not fit, the device is not here, or the plan has what is not
-            for stages of unknown length: a schedule of losses, parts that thaw, accumulated
-            batches, float16.
+            for its stages: a schedule of losses, parts that thaw, accumulated batches, teachers,
+            float16.
         DataError: if `out` is taken or holds nothing to resume, the split leaks or names cases that
             are not there, a case cannot be used, or the loss became infinite.
         CheckpointError: if what was saved cannot be used.
@@ -186,11 +186,12 @@ def _completed(plan: Plan) -> Plan:
         ("start.thaw", training.start.thaw, "[]"),
         ("loss_schedule", training.loss_schedule, "[]"),
         ("optimizer.accumulate", training.optimizer.accumulate > 1, "1"),
+        ("distillation", training.distillation is not None, "null"),
     ):
         if is_set:
             raise PlanError(
-                f"training.{name} is set, which has no meaning in stages of unknown length; set it "
-                f"to {none} for an adversarial training"
+                f"training.{name} is set, which the stages of an adversarial training do not know; "
+                f"set it to {none}"
             )
     if training.minutes is None and training.epochs is None:
         most = sum(stage.limit for stage in stages_of(config))
