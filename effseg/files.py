@@ -174,11 +174,15 @@ def name_places(error: ValidationError, *, what: str, kind: type[BaseModel] | No
     """
     named = []
     for entry in error.errors()[:MOST_PLACES]:
-        said = entry["msg"].removeprefix("Value error, ")
+        said, given = entry["msg"].removeprefix("Value error, "), entry.get("input")
         if entry["type"] == "extra_forbidden":
             said = "no such key" + _did_you_mean(entry["loc"], kind)
-        place = ".".join(_keys(entry["loc"], kind)) or what
-        named.append(f"{place}: {said}{_got(entry.get('input'))}")
+        keys = _keys(entry["loc"], kind)
+        if entry["type"] == "union_tag_invalid":
+            keys.append("kind")
+            said, given = f"expected one of {entry['ctx']['expected_tags']}", given["kind"]
+        place = ".".join(keys) or what
+        named.append(f"{place}: {said}{_got(given)}")
     more = error.error_count() - len(named)
     return "; ".join(named) + (f"; and {more} more" if more > 0 else "")
 

@@ -143,7 +143,10 @@ with mapped_blocks():
 
 
 @linux
-@pytest.mark.parametrize("name", ["BasicUNet", "SegResNet", "innermost"])
+@pytest.mark.parametrize(
+    "name",
+    [*(pytest.param(n, marks=pytest.mark.slow) for n in ("BasicUNet", "SegResNet")), "innermost"],
+)
 def test_resident_memory_of_training_is_what_the_trace_said(name):
     pytest.importorskip("monai")
     ended = subprocess.run(

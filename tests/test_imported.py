@@ -236,7 +236,7 @@ def test_plans_from_before_networks_had_kinds_load(tiny_plan: Plan, tmp_path: Pa
         Plan.load(path)
     content["network"]["kind"] = "handmade"
     path.write_text(json.dumps(content))
-    with pytest.raises(PlanError, match=r"network: .*'dense_unet', 'imported'"):
+    with pytest.raises(PlanError, match=r"network\.kind: .*'dense_unet', 'imported'"):
         Plan.load(path)
 
 

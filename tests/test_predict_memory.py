@@ -97,6 +97,7 @@ def test_resident_memory_is_within_15_percent_of_the_forecast(
     assert abs(found["peak"] / found["forecast"] - 1) <= 0.15
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="asks Linux for its peak")
 def test_resident_memory_of_a_run_is_within_15_percent_of_the_forecast(
     tiny_run: Path, tmp_path: Path

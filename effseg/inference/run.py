@@ -115,6 +115,8 @@ def load_run(folder: str | Path, *, snapshots: bool = False) -> Run:
 def load_runs(run: Runs, *, snapshots: bool = False) -> tuple[Run, ...]:
     """The runs that are meant, loaded; those of one network as one run, whose weights take turns.
 
+    A run that is loaded already stays one of its own.
+
     Args:
         run: which.
         snapshots: of those that are not loaded yet, as `load_run` takes it.
@@ -137,16 +139,18 @@ def load_runs(run: Runs, *, snapshots: bool = False) -> tuple[Run, ...]:
                     f"{found[0].folder} and {other.folder} differ in {name}, {ours} vs {theirs}; "
                     "only runs of one plan, such as folds, can be averaged"
                 )
-    groups: list[list[Run | _Found]] = []
+    groups: list[Run | list[_Found]] = []
     for one in found:
+        if isinstance(one, Run):  # stays as it is: its network may have changed since its files
+            groups.append(one)
+            continue
         for group in groups:
-            # a run without files has weights that only its network knows
-            if one.weights and group[0].weights and one.plan.network == group[0].plan.network:
+            if isinstance(group, list) and one.plan.network == group[0].plan.network:
                 group.append(one)
                 break
         else:
             groups.append([one])
-    return tuple(_joined(group) for group in groups)
+    return tuple(group if isinstance(group, Run) else _joined(group) for group in groups)
 
 
 def mirrored_axes(runs: Sequence[Run]) -> tuple[int, ...]:
@@ -192,11 +196,9 @@ class _Found:
         return cls(folder, plan, tuple(WeightsFile.open(path) for path in files))
 
 
-def _joined(group: "Sequence[Run | _Found]") -> Run:
-    """Runs of one network as one; a loaded run's own network is never written to."""
+def _joined(group: Sequence[_Found]) -> Run:
+    """Runs of one network as one."""
     first = group[0]
-    if len(group) == 1 and isinstance(first, Run):
-        return first
     return _built(first.folder, first.plan, tuple(file for one in group for file in one.weights))
 
 
