@@ -20,9 +20,9 @@ from effseg.plans import AugmentConfig, Plan, TrainingConfig
 from effseg.record import RECORD, RunRecord
 from effseg.training import TrainingState, choose_fold, train
 from effseg.training.cache import cache_case
+from effseg.training.choices import with_choices
 from effseg.training.clock import Clock
 from effseg.training.data import PatchData
-from effseg.training.fit import with_choices
 from effseg.training.module import SegmentationModule
 from effseg.training.patches import ValidationPatches, draw_start, read_patch
 from effseg.validation import validate

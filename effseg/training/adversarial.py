@@ -21,9 +21,9 @@ from effseg.memory import PeakResident, heap_of
 from effseg.planner.recipe import with_class_weights
 from effseg.plans import AdversarialConfig, Plan
 from effseg.record import CHECKPOINTS, PLAN, RECORD, SPLIT, RunMemory, RunRecord
+from effseg.training.choices import with_choices
 from effseg.training.contest import Contest, ContestState, Standing
 from effseg.training.contest_data import ContestData
-from effseg.training.fit import with_choices
 from effseg.training.memory_watch import MemoryWatch
 from effseg.training.pair import Pair
 from effseg.training.pair_memory import check_pair

@@ -13,7 +13,8 @@ from effseg.planner import check_plan
 from effseg.plans import Plan
 from effseg.record import PLAN, RECORD, RunRecord
 from effseg.training.callbacks import TrainingState
-from effseg.training.fit import train, with_choices
+from effseg.training.choices import with_choices
+from effseg.training.fit import train
 
 logger = logging.getLogger("effseg")
 

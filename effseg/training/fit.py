@@ -3,22 +3,19 @@
 import logging
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
-from pydantic import ValidationError
 
-from effseg.dataset import Dataset, Fold, NineWaySplit, check_there, folds, read_dataset
+from effseg.dataset import Dataset, Fold, NineWaySplit
 from effseg.devices import present_device
 from effseg.errors import DataError, EffsegError, PlanError
-from effseg.files import name_places
 from effseg.ledger import check_parent, note_run
 from effseg.memory import heap_of
 from effseg.planner import check_plan
-from effseg.planner.recipe import with_class_weights
 from effseg.plans import ExternalData, Plan, Policy
 from effseg.record import METRICS, PLAN, RATES, RECORD, SNAPSHOTS, SPLIT, STOP, WEIGHTS
 from effseg.training.callbacks import (
@@ -29,6 +26,7 @@ from effseg.training.callbacks import (
     Thawing,
     TrainingState,
 )
+from effseg.training.choices import chosen_cases, opened, with_choices
 from effseg.training.data import PatchData
 from effseg.training.external import open_external, with_external
 from effseg.training.loss_schedule import LossSchedule
@@ -45,7 +43,6 @@ from effseg.training.waiting import WaitWatch
 
 logger = logging.getLogger("effseg")
 
-N_FOLDS = 5
 RANGE_TEST_STEPS = 100
 
 
@@ -119,7 +116,7 @@ def train(
             whatever is recomputed and split.
     """
     source = "plan" if isinstance(plan, Plan) else plan
-    plan, dataset = _opened(plan, dataset)
+    plan, dataset = opened(plan, dataset)
     plan = with_choices(
         plan,
         minutes=minutes,
@@ -132,7 +129,7 @@ def train(
     if devices > 1 and plan.training.start.thaw:
         raise PlanError(f"training.start.thaw on {devices} processes; parts thaw only on one")
     plan = with_external(plan, external)
-    chosen = _chosen(plan, dataset, fold, split)
+    chosen = chosen_cases(plan, dataset, fold, split)
     present = present_device(plan.device)
     out = Path(out)
     if not resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -249,21 +246,14 @@ def find_learning_rate(
 
     Source: Smith, "Cyclical learning rates for training neural networks", WACV 2017, section 3.3.
     """
-    plan, dataset = _opened(plan, dataset)
+    plan, dataset = opened(plan, dataset)
     plan = with_choices(plan, minutes=None, epochs=None, device=device, seed=None)
-    chosen = choose_fold(dataset, fold, loads=_loads(plan))
+    chosen = chosen_cases(plan, dataset, fold)
     present = present_device(plan.device)
     with tempfile.TemporaryDirectory(prefix="effseg-") as folder, heap_of(plan.memory.heap):
         cache = Path(folder)
         data = _prepare(plan, dataset, chosen, cache)
         return try_rates(plan, data, device=present, folder=cache, steps=steps, progress=progress)
-
-
-def _opened(plan: Plan | str | Path, dataset: Dataset | str | Path) -> tuple[Plan, Dataset]:
-    return (
-        with_class_weights(plan if isinstance(plan, Plan) else Plan.load(plan)),
-        dataset if isinstance(dataset, Dataset) else read_dataset(dataset),
-    )
 
 
 def _prepare(
@@ -281,80 +271,6 @@ def _prepare(
     train += unannotated_cases(plan, cache / "unannotated")
     external = open_external(plan, validation)
     return PatchData(plan, train, validation, cache, external=external, progress=progress)
-
-
-def with_choices(
-    plan: Plan,
-    *,
-    minutes: float | None,
-    epochs: int | None,
-    device: str | None,
-    seed: int | None,
-    augment: Policy | None = None,
-    init_from: str | Path | None = None,
-) -> Plan:
-    """The plan with a call's own choices in place of its own.
-
-    Raises:
-        PlanError: if a choice cannot work; the message names each that cannot.
-    """
-    content = plan.model_dump()
-    if minutes is not None or epochs is not None:
-        content["training"] |= {"minutes": minutes, "epochs": epochs}
-    if seed is not None:
-        content["training"]["seed"] = seed
-    if augment is not None:
-        content["training"]["augment"] = plan.training.augment.as_content(augment)
-    if device is not None:
-        content["device"] = device
-    if init_from is not None:
-        content["training"]["start"]["init_from"] = str(Path(init_from).resolve())
-    try:
-        return Plan.model_validate(content)
-    except ValidationError as error:
-        raise PlanError(name_places(error, what="plan")) from error
-
-
-def choose_fold(dataset: Dataset, fold: int, *, loads: Mapping[str, float] | None = None) -> Fold:
-    """The cases of one of five folds, or of fewer where there are fewer cases.
-
-    A single case is learnt from and validated on, with a warning: the score then says nothing about
-    other cases.
-
-    Args:
-        dataset: whose cases are dealt.
-        fold: from 0.
-        loads: of each case by name, to stratify by; None: not.
-
-    Raises:
-        DataError: if there is no labelled case, or one has no load.
-        PlanError: if there is no such fold.
-    """
-    n_cases = len(dataset.cases)
-    if n_cases == 0:
-        raise DataError(f"{dataset.root}: no labelled case; training needs one at least")
-    if n_cases == 1:
-        logger.warning("%s has one case: it is validated on what it learns from", dataset.root)
-        only = (dataset.cases[0].name,)
-        return Fold(train=only, validation=only)
-    n_folds = min(N_FOLDS, n_cases)
-    if not 0 <= fold < n_folds:
-        raise PlanError(f"fold {fold}; there are {n_folds}, counted from 0")
-    return folds(dataset, n_folds=n_folds, loads=loads)[fold]
-
-
-def _chosen(plan: Plan, dataset: Dataset, fold: int, split: NineWaySplit | None) -> Fold:
-    if split is None:
-        return choose_fold(dataset, fold, loads=_loads(plan))
-    if fold != 0:
-        raise PlanError(f"fold {fold} and a split, which says what is held out; give one of both")
-    ours = split.segmenter
-    check_there((*ours.train, *ours.validation), dataset.cases, of=split.dataset)
-    return Fold(train=ours.train, validation=ours.validation)
-
-
-def _loads(plan: Plan) -> Mapping[str, float] | None:
-    return plan.fingerprint.foreground_mm3 if plan.data.stratified else None
 
 
 def _seeded(plan: Plan) -> Plan:
