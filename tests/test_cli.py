@@ -328,7 +328,7 @@ def test_the_gravest_failure_of_many_is_the_exit_code(
         if not last:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("effseg.inference.load_run", lambda _: FakeRun())
+    monkeypatch.setattr("effseg.inference.load_runs", lambda *_, **__: (FakeRun(),))
     monkeypatch.setattr(
         "effseg.inference.find_images", lambda *_, **__: dict.fromkeys("abcd", None)
     )
@@ -352,6 +352,8 @@ def test_the_gravest_failure_of_many_is_the_exit_code(
 
 class FakeRun:
     """As much of a run as the command line looks at."""
+
+    n_models = 1
 
     class plan:  # noqa: N801
         channels = ("image",)
