@@ -32,6 +32,7 @@ def run_with_triton(*command: str, **environment: str) -> str:
     return answer.stdout
 
 
+@pytest.mark.slow
 @needs_triton
 def test_the_kernels_give_the_operators_numbers_in_tritons_interpreter() -> None:
     output = run_with_triton(

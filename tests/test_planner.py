@@ -135,6 +135,7 @@ def test_unknown_devices_are_refused(facts: Fingerprint) -> None:
         plan(facts, memory="1GiB", device="abacus")
 
 
+@pytest.mark.slow
 def test_real_multi_class_ct_is_planned(shared) -> None:
     made = plan(shared("openkbp-headneck"), memory="2GiB", device="cpu")
     assert [c.normalisation.kind for c in made.channels] == ["ct"]
@@ -142,6 +143,7 @@ def test_real_multi_class_ct_is_planned(shared) -> None:
     assert made.spacing[0] < made.spacing[1]
 
 
+@pytest.mark.slow
 def test_lesions_are_counted_each_and_kept(facts: Fingerprint) -> None:
     labels = tuple(label.model_copy(update={"small_share": 0.05}) for label in facts.labels)
     lesions = plan(facts.model_copy(update={"labels": labels}), memory="1GiB", device="cpu")
@@ -255,6 +257,7 @@ def test_a_small_target_is_flipped_along_every_axis(facts, share, n_labels, axes
     assert made.training.augment.flip_axes == axes
 
 
+@pytest.mark.slow
 def test_dice_is_of_each_sample_where_sizes_vary(facts: Fingerprint) -> None:
     sizes = (90.0, 100.0, 300.0, 500.0, 700.0, 900.0, 1000.0)
     varied = facts.labels[0].model_copy(update={"component_mm3": sizes, "small_share": 0.0})

@@ -88,6 +88,7 @@ def test_too_few_steps_are_refused(tiny_plan: Plan, tiny_dataset: Path) -> None:
         find_learning_rate(tiny_plan, tiny_dataset, steps=5)
 
 
+@pytest.mark.slow
 def test_a_run_takes_the_rate_and_learns_what_it_would_with_that_rate(
     tiny_plan: Plan, tiny_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -149,6 +149,7 @@ def test_voxels_from_outside_are_ignored_where_the_plan_says_so(
     assert not with_training(tiny_plan, augment=still).ignores_voxels
 
 
+@pytest.mark.slow
 def test_two_processes_train_one_network(
     tiny_plan: Plan, tiny_dataset: Path, tmp_path: Path
 ) -> None:
