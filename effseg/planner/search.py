@@ -119,11 +119,18 @@ class Search:
         best = next(rung for rung, one in firsts.items() if self.score(one) >= TIE * most)
         step, index = self._with_fewer_stages(firsts[best], found[best], best)
         step = self._with_more_samples(step)
-        too_large = self._at(index - 1, self._rungs()[-1]) if index > 0 else None
+        too_large = self._next_larger(index, best)
         others = [one for rung, one in firsts.items() if rung != best]
         return Answer(
             step=step, too_large=too_large, alternatives=self._weighed(step, too_large, others)
         )
+
+    def _next_larger(self, index: int, rung: Rung) -> Step | None:
+        """The next patch in the way that takes least; as this rung takes it, where that fits."""
+        if index == 0:
+            return None
+        least = self._at(index - 1, self._rungs()[-1])
+        return self._at(index - 1, rung) if self._fits(least) else least
 
     def score(self, step: Step) -> float:
         """Context a second: the share of the largest patch that is seen, times voxels a second."""
