@@ -192,13 +192,14 @@ def head_sums_backward(
 
 
 @head_sums_backward.register_fake
-def _(
+def head_gradients_like(
     rows: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     scale: Tensor | None,
     *_: object,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Of the shapes and types of a head's gradients: rows, weight, bias, scale and shift."""
     del bias
     dtype = accumulator_dtype(rows.dtype)
     n_norm = (0, 0) if scale is None else scale.shape

@@ -11,7 +11,7 @@ Targets are rows, (batch, voxels, classes), so that those of a tile lie together
 import torch
 from torch import Tensor
 
-from effseg.kernels.class_sums import class_tile_length
+from effseg.kernels.class_sums import class_tile_length, head_gradients_like
 from effseg.kernels.pointwise import activated, slope_of
 from effseg.kernels.tiles import Tile, accumulator_dtype, by_row, each_tile, row_of, strips_of
 
@@ -132,24 +132,7 @@ def soft_sums_backward(
     return into, weight_gradient.sum(0), bias_gradient.sum(0), of_scale, of_shift
 
 
-@soft_sums_backward.register_fake
-def _(
-    rows: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    scale: Tensor | None,
-    *_: object,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    del bias
-    dtype = accumulator_dtype(rows.dtype)
-    n_norm = (0, 0) if scale is None else scale.shape
-    return (
-        torch.empty_like(rows),
-        weight.new_empty(weight.shape, dtype=dtype),
-        weight.new_empty(weight.shape[:1], dtype=dtype),
-        weight.new_empty(n_norm, dtype=dtype),
-        weight.new_empty(n_norm, dtype=dtype),
-    )
+soft_sums_backward.register_fake(head_gradients_like)
 
 
 @torch.library.custom_op("effseg::add_softened", mutates_args=("targets",))

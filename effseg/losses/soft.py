@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from effseg.errors import GeometryError, PlanError
 from effseg.kernels import DeferredLogits, refuse_second_derivative
-from effseg.kernels.norm import affine_combine, deferred_terms
 from effseg.kernels.soft_sums import add_softened, soft_sums, soft_sums_backward
 from effseg.kernels.tiles import to_rows
+from effseg.losses.sums import through_statistics
 from effseg.types import Logits
 
 SECOND_DERIVATIVE = ("a loss against soft targets", "write it in torch's own operators")
@@ -209,11 +209,7 @@ class _SoftSums(torch.autograd.Function):
             rows, weight, bias, scale, shift, ctx.slope, targets, ctx.temperature, gradient
         )
         if ctx.n_values is not None:
-            # of xhat: scale is rstd times the gain
-            sum_h = scale / rstd * of_shift
-            sum_hx = scale * (of_scale - mean * of_shift)
-            terms = deferred_terms(sum_h, sum_hx, mean, rstd, ctx.n_values)
-            affine_combine(into, torch.ones_like(mean), rows, *terms)
+            through_statistics(into, rows, (scale, mean, rstd), (of_scale, of_shift), ctx.n_values)
         return (
             into,
             of_weight.to(weight.dtype),

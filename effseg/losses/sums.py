@@ -199,11 +199,7 @@ class _HeadSums(torch.autograd.Function):
             closeness,
         )
         if ctx.n_values is not None:
-            # of xhat: scale is rstd times the gain
-            sum_h = scale / rstd * of_shift
-            sum_hx = scale * (of_scale - mean * of_shift)
-            terms = deferred_terms(sum_h, sum_hx, mean, rstd, ctx.n_values)
-            affine_combine(into, torch.ones_like(mean), rows, *terms)
+            through_statistics(into, rows, (scale, mean, rstd), (of_scale, of_shift), ctx.n_values)
         return (
             into,
             of_weight.to(weight.dtype),
@@ -219,6 +215,30 @@ SECOND_DERIVATIVE = ("a loss of sums per class", "write it in torch's own operat
 
 def _fold(norm: FoldedNorm) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return norm.scale, norm.shift, norm.mean, norm.rstd
+
+
+def through_statistics(
+    into: Tensor,
+    rows: Tensor,
+    norm: tuple[Tensor, Tensor, Tensor],
+    gradients: tuple[Tensor, Tensor],
+    n_values: int,
+) -> None:
+    """Add to a gradient of rows what reaches them through the statistics of the folded norm.
+
+    Args:
+        into: the gradient that takes statistics for constants; changed in place.
+        rows: as forward read them.
+        norm: scale, mean and rstd of each row.
+        gradients: of scale and shift.
+        n_values: that each statistic was taken over.
+    """
+    (scale, mean, rstd), (of_scale, of_shift) = norm, gradients
+    # of xhat: scale is rstd times the gain
+    sum_h = scale / rstd * of_shift
+    sum_hx = scale * (of_scale - mean * of_shift)
+    terms = deferred_terms(sum_h, sum_hx, mean, rstd, n_values)
+    affine_combine(into, torch.ones_like(mean), rows, *terms)
 
 
 def _wide(logits: Tensor) -> Tensor:
