@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from nnunet_job import NnUNetJob
 from process_tree import Took, imported_bytes, watched
-from real_data import hold_out, rounded
+from real_data import hold_out, listed, rounded
 
 from effseg.dataset import read_dataset
 from effseg.evaluation import evaluate
@@ -129,7 +129,7 @@ def main() -> None:
     dataset = read_dataset(options.dataset)
     tools = TOOLS if options.tool is None else (options.tool,)
     if EFFSEG in tools:
-        hold_out(dataset, out, share=options.held_out, seed=options.seed)
+        listed(hold_out(dataset, out, share=options.held_out, seed=options.seed), out)
     train_csv = out / f"{dataset.name}.csv"
     for tool in tools:
         if tool == EFFSEG:

@@ -13,6 +13,7 @@ import platform
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     dataset = read_dataset(options.dataset)
-    train_csv = hold_out(dataset, options.out, share=options.held_out, seed=options.seed)
+    learnt = hold_out(dataset, options.out, share=options.held_out, seed=options.seed)
+    train_csv = listed(learnt, options.out)
 
     started = time.monotonic()
     run = options.out / "run"
@@ -79,8 +81,8 @@ def main() -> None:
         print(f"{name:>22} {value}")
 
 
-def hold_out(dataset: Dataset, out: Path, *, share: float, seed: int) -> Path:
-    """Link the held-out cases into images/ and labels/, list the others in a CSV."""
+def hold_out(dataset: Dataset, out: Path, *, share: float, seed: int) -> Dataset:
+    """Link the held-out cases into images/ and labels/; gives the data set of the others."""
     order = np.random.default_rng(seed).permutation(len(dataset.cases))
     n_held = round(share * len(order))
     for index in sorted(order[:n_held]):
@@ -91,15 +93,19 @@ def hold_out(dataset: Dataset, out: Path, *, share: float, seed: int) -> Path:
             link = out / kind / f"{case.name}{suffix}"
             link.parent.mkdir(parents=True, exist_ok=True)
             link.symlink_to(path.resolve())
-    listed = out / f"{dataset.name}.csv"
-    with listed.open("w", newline="") as file:
+    return replace(dataset, cases=tuple(dataset.cases[i] for i in sorted(order[n_held:])))
+
+
+def listed(dataset: Dataset, out: Path) -> Path:
+    """The cases in a CSV, which the command line reads."""
+    path = out / f"{dataset.name}.csv"
+    with path.open("w", newline="") as file:
         table = csv.writer(file)
         table.writerow(["image", "label", "name"])
-        for index in sorted(order[n_held:]):
-            case = dataset.cases[index]
+        for case in dataset.cases:
             assert case.label is not None
             table.writerow([case.images[0].resolve(), case.label.resolve(), case.name])
-    return listed
+    return path
 
 
 def effseg(*arguments: object) -> None:

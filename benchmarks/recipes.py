@@ -1,10 +1,11 @@
 """Does it help? One change of the plan at a time, for equal minutes, on unseen cases of real data.
 
-    python benchmarks/recipes.py FOLDER [FOLDER ...] --out SCRATCH --minutes 2
+    python benchmarks/recipes.py FOLDER [FOLDER ...] --out SCRATCH --minutes 3 --nodules 100
     python benchmarks/recipes.py --table
 
 Of each data set a share of the cases is held out before anything looks at them, as `real_data.py`
-does, and one plan is made. Each recipe (`recipe_rows.py`) changes something of that plan, trains
+does, and one plan is made; `--nodules` renders volumes of nodules as `make demo` does, for one
+data set more. Each recipe (`recipe_rows.py`) changes something of that plan, trains
 from several seeds for the same minutes, one core each, as many at once as the machine has cores,
 and labels the held-out cases. What is known of a recipe and a seed is written down case by case in
 `results/recipes.csv` as soon as it is known, and is not run again: stop it at any time, and go on
@@ -18,21 +19,30 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
 from pathlib import Path
 from queue import SimpleQueue
 
+import torch
 from real_data import hold_out
-from recipe_rows import AGAINST, RECIPES, WHY, Bench, changed
+from recipe_rows import AGAINST, RECIPES, WHY
+from recipe_runs import Bench, changed
 from recipe_table import CASES, PAGE, as_markdown, read_cases, write_cases
 
 import effseg
-from effseg.dataset import read_dataset
-from effseg.plans import Plan
+from effseg.cli.splitting import annotated_part
+from effseg.dataset import read_dataset, share_annotated, split_nine_ways
+from effseg.memory import parse_budget
+from effseg.plans import AdversarialConfig, Plan
+from effseg.training import plan_pair
 
 SEEDS = (0, 1, 2)
 HELD_OUT = 0.3
-EPOCH_STEPS = 10
-"""So few that the minutes hold epochs enough to follow a score by."""
+FEW_SHARE = 0.1
+EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "nodules"
+NODULES = "rendered-nodules"
+EPOCHS = {"training": {"steps_per_epoch": 10, "validation_patches": 16}}
+"""So short that the minutes hold epochs enough to follow a score by."""
 
 
 def main() -> None:
@@ -51,13 +61,18 @@ def main() -> None:
     parser.add_argument(
         "--one", nargs=3, metavar=("RECIPE", "SEED", "CORE"), help=argparse.SUPPRESS
     )
+    parser.add_argument("--nodules", type=int, help="volumes to render as one more data set")
     options = parser.parse_args()
-    if not options.table and (options.out is None or not options.datasets):
+    if not options.table and (
+        options.out is None or not (options.datasets or options.nodules is not None)
+    ):
         parser.error("name data sets and --out, or --table")
+    if options.nodules is not None:
+        options.datasets.append(rendered(options.out / NODULES, options.nodules))
     benches = [
         Bench(
-            name=folder.name,
-            home=options.out.absolute() / folder.name,
+            source=folder.absolute(),
+            home=options.out.absolute() / "benches" / folder.name,
             minutes=options.minutes,
             seeds=tuple(options.seeds),
         )
@@ -70,8 +85,8 @@ def main() -> None:
         write_cases(CASES, RECIPES[recipe].made(bench, int(seed)))
         return
     if not options.table:
-        for folder, bench in zip(options.datasets, benches, strict=True):
-            set_up(folder, bench, memory=options.memory)
+        for bench in benches:
+            set_up(bench, memory=options.memory)
         run_missing(benches, options.recipes, jobs=options.jobs)
     page = as_markdown(read_cases(CASES), AGAINST, WHY)
     PAGE.parent.mkdir(exist_ok=True)
@@ -79,15 +94,41 @@ def main() -> None:
     print(page)
 
 
-def set_up(folder: Path, bench: Bench, *, memory: str) -> None:
+def rendered(folder: Path, n_volumes: int) -> Path:
+    """Volumes around real outlines of nodules, rendered once."""
+    sys.path.append(str(EXAMPLE))
+    lidc, render = import_module("lidc"), import_module("render")
+    if not folder.exists():
+        render.render_dataset(
+            folder,
+            lidc.find_database(),
+            n_train=n_volumes,
+            n_test=0,
+            seed=0,
+            min_diameter_mm=8.0,  # as the demo
+        )
+    return folder
+
+
+def set_up(bench: Bench, *, memory: str) -> None:
     """Hold cases out and plan for the others, once."""
     if bench.plan.exists():
         return
-    listed = hold_out(read_dataset(folder), bench.home, share=HELD_OUT, seed=0)
-    listed.rename(bench.cases)
-    plan = effseg.plan(bench.cases, memory=memory, device="cpu")
-    epochs = {"training": {"steps_per_epoch": EPOCH_STEPS}}
-    Plan.model_validate(changed(plan.model_dump(mode="json"), epochs)).save(bench.plan)
+    learnt = hold_out(read_dataset(bench.source), bench.home, share=HELD_OUT, seed=0)
+    few, rest = share_annotated(learnt, FEW_SHARE, seed=0)
+    split = split_nine_ways(few, rest, dataset=learnt.name)
+    split.save(bench.split)
+    facts = effseg.fingerprint(annotated_part(learnt, split))
+    parts = {"adversarial": AdversarialConfig()}
+    pair = plan_pair(
+        lambda n_bytes: effseg.plan(facts, memory=n_bytes, device="cpu").model_copy(update=parts),
+        parse_budget(memory, torch.device("cpu"))[0],
+    )
+    for plan, path in (
+        (pair, bench.pair_plan),
+        (effseg.plan(learnt, memory=memory, device="cpu"), bench.plan),
+    ):
+        Plan.model_validate(changed(plan.model_dump(mode="json"), EPOCHS)).save(path)
 
 
 def run_missing(benches: Sequence[Bench], recipes: Sequence[str], *, jobs: int) -> None:
@@ -100,8 +141,9 @@ def run_missing(benches: Sequence[Bench], recipes: Sequence[str], *, jobs: int) 
     def run(bench: Bench, recipe: str, seed: int) -> None:
         core = cores.get()
         try:
-            command = [sys.executable, __file__, bench.name, "--out", str(bench.home.parent)]
-            command += ["--minutes", str(bench.minutes), "--seeds", *map(str, bench.seeds)]
+            command = [sys.executable, __file__, str(bench.source)]
+            command += ["--out", str(bench.home.parent.parent), "--minutes", str(bench.minutes)]
+            command += ["--seeds", *map(str, bench.seeds)]
             command += ["--one", recipe, str(seed), str(core)]
             environment = os.environ | {"OMP_NUM_THREADS": "1"}
             subprocess.run(command, env=environment, check=True)

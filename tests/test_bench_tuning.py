@@ -238,7 +238,7 @@ def test_a_commands_workers_count(tmp_path):
 
 def test_nnunet_gets_the_cases_that_effseg_learns_from(tmp_path, tiny_dataset, tiny_plan):
     dataset = beside.read_dataset(tiny_dataset)
-    listed = beside.hold_out(dataset, tmp_path, share=0.34, seed=0)
+    listed = beside.listed(beside.hold_out(dataset, tmp_path, share=0.34, seed=0), tmp_path)
     job = beside.NnUNetJob(tmp_path / "nnunet", tmp_path / "venv")
     job.lay_out(beside.read_dataset(listed).cases, tmp_path / "images", tiny_plan)
     (raw,) = (job.home / "raw").iterdir()
