@@ -221,7 +221,7 @@ ROWS: dict[str, Callable[[], Row]] = {
     "components, 600x512x512 C=118": partial(component_memory, (600, 512, 512), 118, 16),
     "600x512x512 C=118 to .nii.gz": partial(whole_body_memory, *WHOLE_BODY),
     "the same, over its forecast": partial(whole_body_forecast, *WHOLE_BODY),
-    "time over MONAI's": partial(time_over_monai, LOGITS, rounds=2),
+    "time over MONAI's": partial(time_over_monai, LOGITS, rounds=8),
 }
 NEEDS = {"the same, TorchIO": "torchio", "the same, KonfAI": "konfai"}
 

@@ -195,15 +195,17 @@ def blend(tool: str, case: Case) -> Measured:
 
 
 def blend_in_turns(tools: Sequence[str], case: Case, rounds: int) -> list[list[float]]:
-    """Seconds of each tool on one case, the tools in turns."""
+    """Seconds of each tool on one case, in turns to and fro, after one that does not count."""
     network, image = case.network(), case.image()
-    seconds: list[list[float]] = [[] for _ in tools]
-    for _ in range(rounds):
-        for tool, of_tool in zip(tools, seconds, strict=True):
+    seconds: dict[str, list[float]] = {tool: [] for tool in tools}
+    order = list(tools)
+    for _ in range(1 + rounds):
+        for tool in order:
             start = time.perf_counter()
             BLENDERS[tool](case, network, image)
-            of_tool.append(time.perf_counter() - start)
-    return seconds
+            seconds[tool].append(time.perf_counter() - start)
+        order.reverse()  # what slows a machine down for a while slows either
+    return [of_tool[1:] for of_tool in seconds.values()]
 
 
 def against_in_memory(case: Case, n_folds: int) -> Measured:
