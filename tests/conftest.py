@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 
 from effseg.io import write_volume
 from effseg.planner import plan as make_plan
@@ -15,6 +16,12 @@ from effseg.validation import validate
 from effseg.volume import AxisOrder, Grid, Volume
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+# the same examples on each run, however slow the machine; `--hypothesis-profile explore` looks for
+# others
+settings.register_profile("guard", derandomize=True, deadline=None)
+settings.register_profile("explore", max_examples=2000, deadline=None)
+settings.load_profile("guard")
 
 
 @pytest.fixture

@@ -23,6 +23,7 @@ def test_the_nodule_demo_ends_with_a_report(tmp_path: Path) -> None:
     assert "The CT is rendered" in page.read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_the_quickstart_runs(tiny_dataset: Path, tmp_path: Path) -> None:
     command = [sys.executable, str(EXAMPLES / "quickstart.py"), str(tiny_dataset)]
     command += ["--out", str(tmp_path / "run"), "--minutes", "0.05", "--memory", "600MiB"]

@@ -72,8 +72,9 @@ def test_split_steps_take_little_more_than_one_sample(mode) -> None:
 def test_split_and_whole_steps_make_the_same_gradients() -> None:
     torch.manual_seed(0)
     network = build_network(config("shared")).double()
-    image = torch.randn(BATCH, 1, *PATCH, dtype=torch.float64)
-    label = torch.randint(0, 3, (BATCH, *PATCH), dtype=torch.uint8)
+    space = (16, 24, 16)
+    image = torch.randn(BATCH, 1, *space, dtype=torch.float64)
+    label = torch.randint(0, 3, (BATCH, *space), dtype=torch.uint8)
     gradients = []
     for kind in (WholeBatch, SampleBySample):
         network.zero_grad()
