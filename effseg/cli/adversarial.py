@@ -42,13 +42,13 @@ def adversarial(
     ] = False,
 ) -> None:
     """Train against a discriminator, on few labels and many scans; validate, write the report."""
-    from effseg import training
-    from effseg.dataset import NineWaySplit, read_dataset
-
     if resume and (plan is not None or memory is not None or split is not None):
         raise typer.BadParameter("--resume takes RUN's own plan and split; leave yours out")
     if not resume and ((plan is None) == (memory is None) or split is None):
         raise typer.BadParameter("give --split SPLIT, and --plan PLAN or --memory SIZE")
+    from effseg import training
+    from effseg.dataset import NineWaySplit, read_dataset
+
     found = read_dataset(dataset)
     scans = None if unannotated is None else scans_in(unannotated, like=found)
     made: Plan | Path | None = plan

@@ -84,9 +84,6 @@ def train(
 
     `touch RUN/stop` ends a training after the step in hand, with all it learnt; so does Ctrl-C.
     """
-    from effseg import training
-    from effseg.dataset import NineWaySplit, read_dataset
-
     if resume is not None:
         _finish(_resumed(context, resume))
         return
@@ -105,6 +102,9 @@ def train(
     if plan is not None and any(given.values()):
         name = next(name for name, value in given.items() if value)
         raise typer.BadParameter(f"{name} is for plans that are made here; a --plan has its own")
+    from effseg import training
+    from effseg.dataset import NineWaySplit, read_dataset
+
     mixed = [training.parse_external(text) for text in external or ()]
     found = read_dataset(dataset)
     drawn = None if split is None else NineWaySplit.load(split)
@@ -141,16 +141,17 @@ def train(
 
 def _resumed(context: typer.Context, run: Path) -> Path:
     """A run that was cut off, trained to its end."""
-    from effseg import training
-    from effseg.dataset import NineWaySplit, read_dataset
-    from effseg.record import PLAN, RECORD, SPLIT, RunRecord
-
     given = [name for name in context.params if _is_given(context, name) and name != "resume"]
     if given:
         raise typer.BadParameter(
             f"--resume goes on as the run was begun; leave {', '.join(given)} out"
         )
+    from effseg.record import PLAN, RECORD, SPLIT, RunRecord
+
     record = RunRecord.load(run / RECORD)
+    from effseg import training
+    from effseg.dataset import NineWaySplit, read_dataset
+
     found = read_dataset(record.dataset)
     drawn = NineWaySplit.load(run / SPLIT) if (run / SPLIT).is_file() else None
     if drawn is not None:
