@@ -85,6 +85,7 @@ def main() -> None:
         write_cases(CASES, RECIPES[recipe].made(bench, int(seed)))
         return
     if not options.table:
+        torch.set_num_threads(1)  # a run has one core, and a plan counts on the cores it sees
         for bench in benches:
             set_up(bench, memory=options.memory)
         run_missing(benches, options.recipes, jobs=options.jobs)
