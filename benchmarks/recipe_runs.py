@@ -63,7 +63,7 @@ class Bench:
 
     def folder(self, recipe: str, seed: int) -> Path:
         """Of a recipe's run."""
-        return self.home / "runs" / recipe.replace(" ", "_") / str(seed)
+        return self.home / f"{self.minutes:g}_minutes" / recipe.replace(" ", "_") / str(seed)
 
 
 @dataclass(frozen=True)
@@ -223,7 +223,8 @@ def labelled(
     runs: Sequence[Path], bench: Bench, name: str, seed: int, *, tta: bool = False
 ) -> list[CaseRow]:
     """What runs label together, scored case by case."""
-    out = bench.home / "labelled" / name.replace(" ", "_") / str(seed)
+    folder = bench.folder(name, seed)
+    out = folder.with_name(f"{folder.name}_labelled")
     for case in find_images([bench.home / "images"]).values():
         effseg.predict(runs, case, out=out / f"{case.name}.nii.gz", device="cpu", tta=tta)
     plan = Plan.load(bench.plan)

@@ -89,14 +89,14 @@ class Outcome:
 
 
 def outcomes(rows: Sequence[CaseRow], against: dict[str, str]) -> Iterator[Outcome]:
-    """Each recipe of one data set beside another, in the order of `against`.
+    """Each recipe of one data set and length beside another, in the order of `against`.
 
     The interval is a bootstrap's (Efron 1979): seeds and cases are drawn anew, with replacement,
     and the same draw of cases serves both recipes. Seeds are paired where both recipes have the
     same ones, else drawn for each.
 
     Args:
-        rows: of one data set.
+        rows: of one data set and length.
         against: for each recipe, what it is held against; those without rows are left out.
     """
     by_recipe: dict[str, dict[int, dict[str, CaseRow]]] = {}
@@ -158,18 +158,15 @@ def as_markdown(rows: Sequence[CaseRow], against: dict[str, str], why: dict[str,
         f"against, with its {LEVEL} % interval over seeds and cases. As measured, whichever way it",
         "came out; `python benchmarks/recipes.py` makes the numbers.",
     ]
-    ordered = sorted(rows, key=lambda row: row.dataset)
-    for dataset, group in groupby(ordered, key=lambda row: row.dataset):
-        of_set = list(group)
-        minutes = sorted({row.planned_minutes for row in of_set})
+    for (dataset, minutes), group in groupby(sorted(rows, key=_bench), key=_bench):
         lines += [
             "",
-            f"## {dataset}, {' or '.join(f'{m:g}' for m in minutes)} minutes",
+            f"## {dataset}, {minutes:g} minutes",
             "",
             "| recipe | against | seeds | Dice | difference | interval | minutes | steps | MiB | |",
             "|---|---|---|---|---|---|---|---|---|---|",
         ]
-        for found in outcomes(of_set, against):
+        for found in outcomes(list(group), against):
             difference = interval = ""
             if found.recipe != found.against:
                 difference = f"{found.difference:+.2f}"
@@ -183,6 +180,10 @@ def as_markdown(rows: Sequence[CaseRow], against: dict[str, str], why: dict[str,
     lines += ["", "## The recipes", "", "| recipe | what it changes |", "|---|---|"]
     lines += [f"| {name} | {text} |" for name, text in why.items()]
     return "\n".join(lines) + "\n"
+
+
+def _bench(row: CaseRow) -> tuple[str, float]:
+    return row.dataset, row.planned_minutes
 
 
 def read_cases(path: Path) -> list[CaseRow]:

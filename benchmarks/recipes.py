@@ -7,9 +7,9 @@ Of each data set a share of the cases is held out before anything looks at them,
 does, and one plan is made; `--nodules` renders volumes of nodules as `make demo` does, for one
 data set more. Each recipe (`recipe_rows.py`) changes something of that plan, trains
 from several seeds for the same minutes, one core each, as many at once as the machine has cores,
-and labels the held-out cases. What is known of a recipe and a seed is written down case by case in
-`results/recipes.csv` as soon as it is known, and is not run again: stop it at any time, and go on
-with the same command. `--table` prints what they come to (`recipe_table.py`), and writes
+and labels the held-out cases. What is known of a recipe, minutes and a seed is written down case by
+case in `results/recipes.csv` as soon as it is known, and is not run again: stop it at any time, and
+go on with the same command. `--table` prints what they come to (`recipe_table.py`), and writes
 `docs/recipes.md`.
 """
 
@@ -134,7 +134,7 @@ def set_up(bench: Bench, *, memory: str) -> None:
 
 def run_missing(benches: Sequence[Bench], recipes: Sequence[str], *, jobs: int) -> None:
     """Each recipe and seed that is not known yet, those that others need first."""
-    known = {(row.dataset, row.recipe, row.seed) for row in read_cases(CASES)}
+    known = {(row.dataset, row.planned_minutes, row.recipe, row.seed) for row in read_cases(CASES)}
     cores: SimpleQueue[int] = SimpleQueue()
     for core in sorted(os.sched_getaffinity(0))[:jobs]:
         cores.put(core)
@@ -159,7 +159,8 @@ def run_missing(benches: Sequence[Bench], recipes: Sequence[str], *, jobs: int) 
                 for bench in benches
                 for name in recipes
                 for seed in RECIPES[name].seeds(bench)
-                if RECIPES[name].stage == stage and (bench.name, name, seed) not in known
+                if RECIPES[name].stage == stage
+                and (bench.name, bench.minutes, name, seed) not in known
             ]
         for one in waiting:
             one.result()

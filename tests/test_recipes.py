@@ -92,7 +92,12 @@ def test_rows_come_back_as_they_were_written(tmp_path):
 
 def test_a_page_has_a_table_for_each_data_set():
     page = tables.as_markdown(
-        [*of("default", 0.4), *of("better", 0.42), replace(ROW, dataset="cubes")],
+        [
+            *of("default", 0.4),
+            *of("better", 0.42),
+            replace(ROW, planned_minutes=10.0, dice=0.8),
+            replace(ROW, dataset="cubes"),
+        ],
         {"default": "default", "better": "default"},
         {"default": "nothing", "better": "all"},
     )
@@ -100,6 +105,7 @@ def test_a_page_has_a_table_for_each_data_set():
     assert (
         "| better | default | 3 | 0.5750 | +2.00 | +2.00 to +2.00 | 2.00 | 10 | 7 | helps |" in page
     )
+    assert "## balls, 10 minutes" in page
     assert "## cubes, 2 minutes" in page
 
 
