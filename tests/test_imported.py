@@ -19,7 +19,7 @@ from effseg.networks import DenseUNet, build_network, own_state, why_whole
 from effseg.planner import check_plan, fingerprint, plan, trace_plan
 from effseg.planner.rates import Rates
 from effseg.planner.search import Search
-from effseg.planner.step import Flagship
+from effseg.planner.step import PlannedTraining
 from effseg.plans import Fingerprint, ImportedNetwork, LossConfig, Plan
 from effseg.report import write_report
 from effseg.training import train
@@ -182,7 +182,7 @@ def test_few_stages_are_recomputed_where_samples_go_one_after_the_other() -> Non
         stride=2,
     )
     search = Search(
-        subject=Flagship(
+        subject=PlannedTraining(
             build_config=lambda *_: config,
             loss=LossConfig(),
             ignored=False,

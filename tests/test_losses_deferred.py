@@ -13,7 +13,7 @@ from effseg.kernels import class_sums, class_tiles, tiles
 from effseg.losses import DeepSupervisionLoss
 from effseg.memory import measure_peak, trace_peak
 from effseg.networks import DenseUNet, NormActConv, defer_logits
-from effseg.planner.step import Flagship
+from effseg.planner.step import PlannedTraining
 from effseg.plans import LossConfig, NetworkConfig, Plan
 from effseg.training.module import SegmentationModule
 
@@ -462,7 +462,7 @@ def test_logits_of_a_training_step_are_not_made() -> None:
 
 
 def test_the_planner_traces_what_training_runs() -> None:
-    subject = Flagship(
+    subject = PlannedTraining(
         build_config=lambda patch, mode: config(out_channels=118, memory=mode),
         loss=LossConfig(),
         ignored=True,

@@ -13,7 +13,7 @@ from effseg.memory import measure_peak
 from effseg.networks import build_network
 from effseg.optimizers import build_optimizer, numbers_kept
 from effseg.planner.host import accumulating_bytes, batch_bytes, planned_loader_bytes
-from effseg.planner.step import Flagship
+from effseg.planner.step import PlannedTraining
 from effseg.plans import LookaheadConfig, LossConfig, OptimizerConfig, Plan
 from effseg.training.module import SegmentationModule
 from effseg.training.step import WholeBatch
@@ -122,7 +122,7 @@ PATCH, BATCH = (16, 16, 16), 2
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_trace_of_a_step_is_what_it_takes_with_any_optimizer(name) -> None:
     config = two_stages("shared", out_channels=3)
-    planned = Flagship(
+    planned = PlannedTraining(
         build_config=lambda *_: config,
         loss=LossConfig(),
         ignored=False,
@@ -204,7 +204,7 @@ def test_accumulation_takes_no_more_than_was_said(tiny_plan: Plan) -> None:
         step()
         peaks[n] = measure_peak(step).peak_bytes
     weights = 4 * sum(p.numel() for p in module.network.parameters())
-    report = Flagship(
+    report = PlannedTraining(
         build_config=lambda *_: tiny_plan.network,
         loss=tiny_plan.training.loss,
         ignored=False,

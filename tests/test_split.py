@@ -9,7 +9,7 @@ from two_stages import two_stages
 from effseg.losses import CompoundLoss, build_loss
 from effseg.memory import measure_peak
 from effseg.networks import build_network
-from effseg.planner.step import Flagship
+from effseg.planner.step import PlannedTraining
 from effseg.plans import LossConfig
 from effseg.training.step import SampleBySample, WholeBatch
 
@@ -19,8 +19,8 @@ PATCH, BATCH = (32, 32, 32), 3
 config = partial(two_stages, out_channels=3)
 
 
-def subject(loss: LossConfig) -> Flagship:
-    return Flagship(
+def subject(loss: LossConfig) -> PlannedTraining:
+    return PlannedTraining(
         build_config=lambda patch, mode: config(mode),
         loss=loss,
         ignored=False,

@@ -14,7 +14,7 @@ from effseg.memory import apply_policy, measure_peak
 from effseg.networks import DenseUNet, build_network
 from effseg.networks.freezing import freeze_for_start, set_frozen
 from effseg.planner import trace_plan
-from effseg.planner.step import Flagship
+from effseg.planner.step import PlannedTraining
 from effseg.plans import LossConfig, OptimizerConfig, Plan, StartConfig, ThawConfig
 from effseg.record import RECORD, WEIGHTS, RunRecord
 from effseg.training import train
@@ -73,7 +73,7 @@ def test_norms_that_stand_still_keep_their_statistics() -> None:
 @pytest.mark.parametrize("mode", ["plain", "shared"])
 def test_the_trace_of_a_frozen_network_is_what_it_takes(mode) -> None:
     config, shape = two_stages(mode, out_channels=3), (16, 16, 16)
-    planned = Flagship(
+    planned = PlannedTraining(
         build_config=lambda *_: config,
         loss=LossConfig(),
         ignored=False,

@@ -14,7 +14,7 @@ from effseg.memory.trace import mean_of_outputs
 from effseg.networks import build_network, why_whole
 from effseg.planner.geometry import patches_of_stride
 from effseg.planner.search import SMALLEST_BATCH, Answer, Search
-from effseg.planner.step import Flagship, beside_training
+from effseg.planner.step import PlannedTraining, beside_training
 from effseg.planner.tuning import COARSEST, network_stride
 from effseg.planner.wish import Wish
 from effseg.plans import Fingerprint, ImportedNetwork
@@ -59,7 +59,7 @@ def search_imported(wish: Wish, config: ImportedNetwork) -> Answer:
         PlanError: if no step can be traced.
     """
     search = Search(
-        subject=Flagship(
+        subject=PlannedTraining(
             build_config=lambda *_: config,
             loss=wish.loss,
             ignored=wish.facts.ignore_label is not None,

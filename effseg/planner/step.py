@@ -92,7 +92,7 @@ class Subject(Protocol):
 
 
 @dataclass(frozen=True)
-class Flagship:
+class PlannedTraining:
     """A network in training as `effseg train` runs it.
 
     Attributes:
@@ -228,7 +228,7 @@ def trace_plan(plan: Plan) -> MemoryReport:
 
 
 def _trace_loss(plan: Plan, loss: LossConfig) -> MemoryReport:
-    subject = Flagship(
+    subject = PlannedTraining(
         build_config=lambda *_: plan.network,
         loss=loss,
         ignored=plan.ignores_voxels,

@@ -17,7 +17,7 @@ from effseg.planner.geometry import Stages, shrinking_patches
 from effseg.planner.rates import Rates, nominal_rates
 from effseg.planner.scaling import SIZES, Scale, scale_of
 from effseg.planner.search import Answer, Pace, Search
-from effseg.planner.step import Flagship, beside_training
+from effseg.planner.step import PlannedTraining, beside_training
 from effseg.plans import Fingerprint, LossConfig, NetworkConfig
 from effseg.types import Shape3, Spacing
 
@@ -72,7 +72,7 @@ class Wish:
         largest = next(iter(self.stages))
         wanted = min(scale.side**3, math.prod(largest))
         return Search(
-            subject=Flagship(
+            subject=PlannedTraining(
                 build_config=lambda patch, mode: self.config(patch, mode, scale),
                 loss=self.loss,
                 ignored=self.facts.ignore_label is not None,
