@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.special import entr, expit, softmax
 
 from effseg.errors import DataError, MemoryBudgetError, PlanError
 from effseg.inference import Run, load_run, predict
@@ -212,9 +213,12 @@ def test_maps_go_on_with_the_labels(tiny_plan: Plan, tmp_path: Path, rule) -> No
     n_classes=st.integers(1, 6),
     scale=st.sampled_from([0.1, 3.0, 80.0]),
     head=st.booleans(),
+    one_vs_rest=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_maps_are_the_softmax_in_whatever_order_logits_come(n_classes, scale, head, seed) -> None:
+def test_maps_are_the_same_in_whatever_order_logits_come(
+    n_classes, scale, head, one_vs_rest, seed
+) -> None:
     rng = np.random.default_rng(seed)
     grid = Grid((9, 5, 4))
     features = (scale * rng.normal(size=(2 if head else n_classes, *grid.shape))).astype(np.float32)
@@ -225,21 +229,44 @@ def test_maps_are_the_softmax_in_whatever_order_logits_come(n_classes, scale, he
     slabs = Slabs(
         axis=0, shape=grid.shape, parts=iter([(0, features)]), head=layer if head else None
     )
-    wanted = Maps(classes=tuple(range(n_classes))[::-1], entropy=True, confidence=True)
+    wanted = Maps(
+        classes=tuple(range(n_classes))[::-1],
+        entropy=True,
+        confidence=True,
+        one_vs_rest=one_vs_rest,
+    )
     (_, labels, made), *_ = label_slabs(slabs, grid, grid, maps=wanted)
     made, confidence = made[:-1], made[-1]
     logits = features.astype(np.float64)
     if head:
         logits = np.tensordot(layer.weight, logits, 1) + layer.bias[:, None, None, None]
-    shares = np.exp(logits - logits.max(axis=0))
-    shares /= shares.sum(axis=0)
+    if one_vs_rest:
+        shares = expit(logits)
+        entropy = (entr(shares) + entr(expit(-logits))).sum(axis=0)
+    else:
+        shares = softmax(logits, axis=0)
+        entropy = entr(shares).sum(axis=0)
     np.testing.assert_allclose(made[:-1][::-1], shares, atol=1e-4)
-    entropy = -(shares * np.log(np.maximum(shares, 1e-300))).sum(axis=0)
     np.testing.assert_allclose(made[-1], entropy, atol=1e-3)
     # the label is a class of the largest probability
     chosen = np.take_along_axis(made[:-1][::-1], labels[None].astype(int), axis=0)[0]
     np.testing.assert_allclose(chosen, made[:-1].max(axis=0), atol=1e-5)
     np.testing.assert_allclose(confidence, chosen, atol=1e-5)
+
+
+def test_what_was_trained_one_class_against_the_rest_has_probabilities_of_its_own(
+    tiny_plan: Plan, tmp_path: Path
+) -> None:
+    summed = {}
+    for loss in ("dice_cross_entropy", "bce_jaccard"):
+        content = tiny_plan.model_dump(mode="json")
+        content["training"]["loss"] = loss
+        run, out = run_of(Plan.model_validate(content), 3), tmp_path / loss / "a.nii.gz"
+        predict(run, volume_of(20, 18, 19), out=out, probabilities=(0, 2, 4))
+        parts = [out.parent / f"probability_{value}" / out.name for value in (0, 2, 4)]
+        summed[loss] = sum(read_volume(part).array for part in parts)
+    np.testing.assert_allclose(summed["dice_cross_entropy"], 1, atol=1e-5)
+    assert np.ptp(summed["bce_jaccard"]) > 0.01
 
 
 def test_maps_that_cannot_be_had_are_refused(tiny_plan: Plan, tmp_path: Path) -> None:

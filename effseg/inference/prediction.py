@@ -14,7 +14,7 @@ from effseg.inference.region import Region
 from effseg.inference.run import Runs, load_runs, mirrored_axes
 from effseg.inference.task import Task, demand_of, found_by
 from effseg.inference.under_way import Progress
-from effseg.plans import PostprocessConfig
+from effseg.plans import Plan, PostprocessConfig
 from effseg.resample import LabelSlab, Maps
 from effseg.sources import ImageArray, ImageFiles
 from effseg.types import Slices3
@@ -75,8 +75,10 @@ def predict(
             what that finds, outside of which all is background.
         margin_mm: how much larger that box is, on each side.
         probabilities: labels whose probabilities are written too, beside `out`, as
-            `probability_VALUE/NAME`; float32.
-        entropy: write the entropy of all labels' probabilities too, in nats, as `entropy/NAME`.
+            `probability_VALUE/NAME`; float32. The softmax of the logits, or their sigmoids where
+            the plan's loss is `one_vs_rest`.
+        entropy: write the entropy of all labels' probabilities too, in nats, as `entropy/NAME`; of
+            sigmoids the sum of each label's.
         confidence: write the probability of the most probable label too, as `confidence/NAME`.
         progress: called with (windows done, windows in all).
 
@@ -95,7 +97,7 @@ def predict(
     runs = load_runs(run)
     plan = runs[0].plan
     values = [label.value for label in plan.labels]
-    maps = _maps(values, probabilities, entropy=entropy, confidence=confidence, out=out)
+    maps = _maps(plan, probabilities, entropy=entropy, confidence=confidence, out=out)
     rule = postprocess or plan.inference.postprocess
     given, dtype = _given(image), np.min_scalar_type(max(values))
     task = Task(
@@ -152,13 +154,14 @@ def predict(
 
 
 def _maps(
-    values: Sequence[int],
+    plan: Plan,
     probabilities: Sequence[int],
     *,
     entropy: bool,
     confidence: bool,
     out: str | Path | None,
 ) -> Maps:
+    values = [label.value for label in plan.labels]
     for value in probabilities:
         if value not in values:
             raise PlanError(f"no label {value} to give probabilities of; expected some of {values}")
@@ -168,6 +171,7 @@ def _maps(
         classes=tuple(values.index(value) for value in probabilities),
         entropy=entropy,
         confidence=confidence,
+        one_vs_rest=plan.training.loss.one_vs_rest,
     )
 
 

@@ -16,7 +16,7 @@ from effseg.errors import DataError
 from effseg.resample.axis import Float32Array
 from effseg.resample.boxes import Work, target_boxes
 from effseg.resample.mapping import Mapping, ObliqueMapping, Passage, SeparableMapping
-from effseg.resample.maps import Maps, RunningSoftmax
+from effseg.resample.maps import Maps
 from effseg.resample.slabs import SLAB_PLANES, AffineHead, Slabs, planes
 from effseg.types import Array, Shape3, Slices3
 from effseg.volume import AxisOrder, Grid, Volume
@@ -300,10 +300,10 @@ class _Labeller:
         first = best.copy() if self.cuts.size else None
         labels = np.full(best.shape, self.table[0], dtype=self.table.dtype)
         chosen = np.zeros(best.shape, dtype=np.intp) if self.cuts.size else None
-        softmax = RunningSoftmax(best, self.maps) if self.maps.n else None
+        running = self.maps.running(best) if self.maps.n else None
         for index, (value, rival) in enumerate(zip(self.table[1:], channels, strict=True)):
-            if softmax is not None:
-                softmax.add(rival)
+            if running is not None:
+                running.add(rival)
             if chosen is not None and index == 0:
                 labels[...], best[...] = value, rival  # the first class waits for the end
                 continue
@@ -315,9 +315,9 @@ class _Labeller:
         if first is not None and chosen is not None:
             np.subtract(best, first, out=first)
             labels[first <= self.cuts[chosen]] = self.table[0]
-        if softmax is None:
+        if running is None:
             return labels, np.zeros((0, *best.shape), dtype=np.float32)
-        return labels, softmax.maps()
+        return labels, running.maps()
 
     def _classified(self, features: Float32Array, head: AffineHead) -> tuple[Array, Float32Array]:
         """The head over a few voxels at a time."""
