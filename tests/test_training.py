@@ -126,6 +126,17 @@ def test_augmentation_goes_by_the_share_of_the_run_that_is_over(
     assert shares[3] == 0
 
 
+def test_metrics_say_how_much_was_augmented(
+    tiny_plan: Plan, tiny_dataset: Path, tmp_path: Path
+) -> None:
+    augment = AugmentConfig(final_probability=0.0, off_for_last=0.25)
+    plan = with_training(tiny_plan, augment=augment, epochs=4, steps_per_epoch=1)
+    run = train(plan, tiny_dataset, out=tmp_path / "run")
+    with (run / "metrics.csv").open() as file:
+        found = [float(row["augment_probability"]) for row in csv.DictReader(file)]
+    assert found == pytest.approx([1, 2 / 3, 1 / 3, 0], abs=1e-4)
+
+
 def test_voxels_from_outside_are_ignored_where_the_plan_says_so(
     tiny_plan: Plan, tiny_dataset: Path, tmp_path: Path
 ) -> None:

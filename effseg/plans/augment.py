@@ -107,6 +107,11 @@ class AugmentConfig(Config):
         return max(self.probability, self.final_probability or 0.0)
 
     @property
+    def is_scheduled(self) -> bool:
+        """Whether what scales the chances changes over a run."""
+        return self.final_probability is not None or self.off_for_last > 0
+
+    @property
     def may_bring_in(self) -> bool:
         """Whether voxels from outside a patch can come into it."""
         return self.affine * self.highest_probability > 0

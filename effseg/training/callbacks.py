@@ -86,13 +86,23 @@ class MetricsLog(pl.Callback):  # type: ignore[misc]
         self.path = path
         self.watch = watch
         labels = [f"validation_dice_{label.name}" for label in plan.labels[1:]]
-        # only where there is a schedule: which of its losses this epoch had, from 0
-        scheduled = ("loss_stage",) if plan.training.loss_schedule else ()
+        # only where there is a schedule: which of its losses an epoch had, from 0, and what scaled
+        # the chances of augmentation in it
+        scheduled: tuple[str, ...] = ("loss_stage",) if plan.training.loss_schedule else ()
+        self.augment = plan.training.augment
+        if self.augment.is_scheduled:
+            scheduled += ("augment_probability",)
+        self.probability = self.augment.probability_at(0.0)
         self.columns = (
             *("epoch", "step", "minutes", "learning_rate", "loss", "validation_loss"),
             *("validation_dice", *labels, "validation_voe", "peak_bytes", "predicted_peak_bytes"),
             *scheduled,
         )
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: SegmentationModule) -> None:
+        """Before the epoch's first patch: augmentation stays as it is then."""
+        share = pl_module.clock.fraction(trainer.global_step) if trainer.current_epoch else 0.0
+        self.probability = self.augment.probability_at(share)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: SegmentationModule) -> None:
         """After training and validation of an epoch, in the first process."""
@@ -111,6 +121,7 @@ class MetricsLog(pl.Callback):  # type: ignore[misc]
             "step": trainer.global_step,
             "minutes": round(pl_module.clock.elapsed_seconds / 60, 4),
             "learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
+            "augment_probability": round(self.probability, 4),
         }
         if isinstance(pl_module.loss, ScheduledLoss):
             known["loss_stage"] = pl_module.loss.stage
