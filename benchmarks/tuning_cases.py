@@ -32,7 +32,7 @@ MIB = 2**20
 CASE = (1, 192, 192, 192)
 """Channels and voxels of the cases that are tuned for: more than any of the budgets has room for,
 so that it is the budget that bounds the patch."""
-LADDER_MIB = (320, 512, 768, 1024, 1536, 2048, 3072, 4096)
+LADDER_MIB = (384, 512, 768, 1024, 1536, 2048, 3072, 4096)
 STATE_BYTES = 16
 """Of each parameter: itself, its gradient and AdamW's two moments, in float32."""
 ROOM = 1.3
