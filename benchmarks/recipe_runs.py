@@ -12,7 +12,7 @@ import effseg
 from effseg.cli.splitting import annotated_part
 from effseg.dataset import NineWaySplit, read_dataset
 from effseg.evaluation import Scores
-from effseg.inference import find_images
+from effseg.inference import find_images, load_runs
 from effseg.plans import Plan
 from effseg.record import PLAN, RECORD, SCORES, SPLIT, WEIGHTS, RunRecord
 
@@ -100,7 +100,7 @@ class Trained:
                 minutes=bench.minutes,
                 seed=seed,
             )
-            effseg.validate(folder)
+            judge_small(folder)
         return labelled([folder], bench, self.name, seed)
 
 
@@ -166,7 +166,7 @@ class Student:
                 minutes=bench.minutes,
                 seed=seed,
             )
-            effseg.validate(folder)
+            judge_small(folder)
         return labelled([folder], bench, self.name, seed)
 
 
@@ -215,8 +215,14 @@ class FewLabels:
                     minutes=bench.minutes,
                     seed=seed,
                 )
-            effseg.validate(folder)
+            judge_small(folder)
         return labelled([folder], bench, self.name, seed)
+
+
+def judge_small(run: Path) -> None:
+    """Where small components are dropped, let the validation cases say how small."""
+    if Plan.load(run / PLAN).inference.postprocess.minimum_mm3 > 0:
+        effseg.validate(run)
 
 
 def labelled(
@@ -225,8 +231,9 @@ def labelled(
     """What runs label together, scored case by case."""
     folder = bench.folder(name, seed)
     out = folder.with_name(f"{folder.name}_labelled")
+    loaded = load_runs(runs)
     for case in find_images([bench.home / "images"]).values():
-        effseg.predict(runs, case, out=out / f"{case.name}.nii.gz", device="cpu", tta=tta)
+        effseg.predict(loaded, case, out=out / f"{case.name}.nii.gz", device="cpu", tta=tta)
     plan = Plan.load(bench.plan)
     scores = effseg.evaluate(
         out,
