@@ -3,6 +3,7 @@ import functools
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from mmap import mmap
 from pathlib import Path
 from typing import Any
 
@@ -625,6 +626,13 @@ def test_traced_is_near_the_cuda_allocator(autocast):
     assert traced.device_bytes == pytest.approx(measured.device_bytes, rel=0.25)
 
 
+def filled(n_bytes: int) -> np.ndarray:
+    """Of no heap, which might give what it still has and keeps what is freed."""
+    block = np.frombuffer(mmap(-1, n_bytes), np.uint8)
+    block[:] = 1
+    return block
+
+
 @pytest.mark.parametrize("resettable", [True, False])
 def test_resident_peak_rises_by_what_is_touched(resettable, monkeypatch, tmp_path):
     if not resident.STATUS.exists():
@@ -634,16 +642,15 @@ def test_resident_peak_rises_by_what_is_touched(resettable, monkeypatch, tmp_pat
     size = 96 * 2**20
     peak = PeakResident().start()
     assert peak.baseline_bytes > 2**20
-    touched = np.ones(size, dtype=np.uint8)
+    touched = filled(size)
     if not resettable:
         peak._stopped.wait(0.2)
     del touched
     assert 0.9 * size < peak.peak_bytes < 1.5 * size
     assert peak.stop() == peak.peak_bytes
     frozen = peak.peak_bytes
-    del_me = np.ones(2 * size, dtype=np.uint8)
+    filled(2 * size)
     assert peak.peak_bytes == frozen
-    del del_me
 
 
 def test_resident_bytes_without_proc(monkeypatch, tmp_path):
