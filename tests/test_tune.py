@@ -1,5 +1,6 @@
 """Any network in a budget: what the search finds, and what it takes."""
 
+import math
 import subprocess
 import sys
 from functools import partial
@@ -13,10 +14,11 @@ import effseg
 from effseg.errors import MemoryBudgetError, PlanError
 from effseg.losses import CompoundLoss
 from effseg.memory import trace_peak
+from effseg.networks import build_network
 from effseg.planner import rates
 from effseg.planner.rates import Rates, machine_rates
 from effseg.planner.tuning import network_stride
-from effseg.plans import parse_bytes
+from effseg.plans import NetworkConfig, parse_bytes
 
 
 class Stage(nn.Sequential):
@@ -50,6 +52,40 @@ def _cache_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 tune = partial(effseg.tune, UserNetwork, (1, 256, 256, 256), precision="float32", device="cpu")
+
+
+def dense(memory: str) -> nn.Module:
+    return build_network(
+        NetworkConfig(
+            in_channels=1,
+            out_channels=2,
+            stem_channels=8,
+            growth_rate=8,
+            encoder_layers=(3, 3),
+            decoder_layers=(3,),
+            strides=((1, 1, 1), (2, 2, 2)),
+            kernels=((3, 3, 3),) * 2,
+            memory=memory,
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    ("build", "way"),
+    [
+        (UserNetwork, "4 stages recomputed"),
+        (partial(dense, "plain"), "6 stages recomputed"),
+        (partial(dense, "shared"), "nothing computed twice"),  # to recompute would take more
+    ],
+)
+def test_the_next_larger_patch_is_told_in_the_way_that_takes_least(build, way) -> None:
+    found = partial(effseg.tune, build, (1, 96, 96, 96), precision="float32", device="cpu")
+    tuning = found(memory="64MiB")
+    next_larger = tuning.alternatives[1]
+    assert "; the budget is 64 MiB" in next_larger.why
+    assert next_larger.choice.endswith(way)
+    needed = math.ceil(1.03 * next_larger.peak_bytes)  # 3 % are kept free
+    assert math.prod(found(memory=needed).patch) > math.prod(tuning.patch)
 
 
 @pytest.mark.parametrize("memory", ["64MiB", "200MiB", "500MiB"])

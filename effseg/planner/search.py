@@ -126,10 +126,13 @@ class Search:
         )
 
     def _next_larger(self, index: int, rung: Rung) -> Step | None:
-        """The next patch in the way that takes least; as this rung takes it, where that fits."""
+        """The next patch in the way that takes least; as this rung takes it, where that fits.
+
+        Which way that is depends on the network: recomputation may take more than it saves.
+        """
         if index == 0:
             return None
-        least = self._at(index - 1, self._rungs()[-1])
+        least = self._least(index - 1)
         return self._at(index - 1, rung) if self._fits(least) else least
 
     def score(self, step: Step) -> float:
@@ -180,8 +183,15 @@ class Search:
             heap=heap,
         )
 
+    def _needed_bytes(self, step: Step) -> int:
+        return math.ceil(step.peak_bytes * MARGIN[self.device])
+
     def _fits(self, step: Step) -> bool:
-        return step.peak_bytes * MARGIN[self.device] <= self.budget_bytes
+        return self._needed_bytes(step) <= self.budget_bytes
+
+    def _least(self, index: int) -> Step:
+        """A patch on the rung where it takes least."""
+        return min((self._at(index, rung) for rung in self._rungs()), key=lambda s: s.peak_bytes)
 
     def _rungs(self) -> list[Rung]:
         """From the fastest to the one that takes least."""
@@ -246,11 +256,8 @@ class Search:
                     found[rung] = index
         if found:
             return found
-        smallest = min(
-            (self._at(len(self.patches) - 1, rung) for rung in self._rungs()),
-            key=lambda step: step.peak_bytes,
-        )
-        needed = math.ceil(smallest.peak_bytes * MARGIN[self.device] / 2**20)
+        smallest = self._least(len(self.patches) - 1)
+        needed = math.ceil(self._needed_bytes(smallest) / 2**20)
         raise MemoryBudgetError(
             f"a budget of {format_bytes(self.budget_bytes)}; the smallest patch worth training on, "
             f"{format_shape(smallest.patch)} at batch {smallest.batch}, takes "
@@ -356,7 +363,7 @@ class Search:
             why = (
                 "fits, but shows less context a second"
                 if self._fits(too_large)
-                else f"needs {format_bytes(too_large.peak_bytes)}; the budget is "
+                else f"needs {format_bytes(self._needed_bytes(too_large))}; the budget is "
                 f"{format_bytes(self.budget_bytes)}"
             )
             rows.append(
