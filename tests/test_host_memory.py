@@ -74,6 +74,60 @@ def test_a_small_single_sample_is_laid_out_in_columns():
     assert working(conv, (1, 4, 5, 6, 7)) == 4 * 27 * (5 * 6 * 7) * 4
 
 
+class Combined(nn.Module):
+    """A tensor with its half as precise self."""
+
+    def __init__(self, combine):
+        super().__init__()
+        self.combine = combine
+
+    def forward(self, image):
+        return self.combine(image.bfloat16(), image)
+
+
+@pytest.mark.parametrize(
+    ("combine", "n_copies"),
+    [
+        (torch.add, 1),
+        (torch.mul, 1),
+        (lambda half, image: torch.where(image > 0, half, image), 1),
+        (lambda half, image: half.add_(image), 2),  # the result is one of them
+        (lambda half, image: half * 2.0, 0),
+        (lambda half, image: image + image, 0),
+    ],
+    ids=["add", "mul", "where", "add_", "number", "alike"],
+)
+def test_operands_of_another_type_are_converted_as_wholes(combine, n_copies):
+    assert working(Combined(combine), (2, 3, 8, 8, 8)) == n_copies * 4 * 2 * 3 * 8**3
+
+
+CONVERTED = """
+import sys
+import torch
+from effseg.memory import PeakResident, mapped_blocks
+from effseg.memory.host_workspace import HostWorkspace
+
+name = sys.argv[1]
+with mapped_blocks():
+    half, whole = torch.ones(2**24, dtype=torch.bfloat16), torch.ones(2**24)
+    getattr(half[:8], name)(whole[:8])
+    resident = PeakResident().start()
+    found = getattr(half, name)(whole)
+    new_bytes = 0 if found is half else found.nbytes
+    print(new_bytes + HostWorkspace()(f"aten::{name}", (half, whole), found), resident.stop())
+"""
+
+
+@linux
+@pytest.mark.parametrize("name", ["add", "mul_"])
+def test_that_is_what_the_system_counts(name):
+    command = [sys.executable, "-c", CONVERTED, name]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    expected, measured = map(int, said.split())
+    assert expected == 2**27
+    assert measured == pytest.approx(expected, rel=0.05)
+
+
 def test_a_step_counts_scratch_where_it_is_needed_and_no_optimizer_state_twice():
     """Between two layers that keep much, the copies of a small one are not the peak."""
     wide = nn.Sequential(nn.Conv3d(1, 2, 3, padding=1), nn.Flatten(), nn.Linear(2 * 8**3, 4000))
@@ -145,7 +199,10 @@ with mapped_blocks():
 @linux
 @pytest.mark.parametrize(
     "name",
-    [*(pytest.param(n, marks=pytest.mark.slow) for n in ("BasicUNet", "SegResNet")), "innermost"],
+    [
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("BasicUNet", "SegResNet")),
+        "innermost",
+    ],
 )
 def test_resident_memory_of_training_is_what_the_trace_said(name):
     pytest.importorskip("monai")

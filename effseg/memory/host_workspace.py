@@ -4,7 +4,8 @@ oneDNN convolves channels in blocks as wide as a vector register. Where channels
 torch's convolution copies its operands to that layout and its result back, in memory that no tensor
 owns (`ONEDNN_VERBOSE=1` prints the reorders). Where they are, it reads and writes in place.
 torch's own kernel, for small single samples, lays out a column of each voxel's neighbourhood
-(slow_conv3d in aten/src/ATen/native/ConvolutionMM3d.cpp).
+(slow_conv3d in aten/src/ATen/native/ConvolutionMM3d.cpp). Operands of a sum or product that are of
+different types are converted as wholes first (compute_types in aten/src/ATen/TensorIterator.cpp).
 """
 
 import math
@@ -37,6 +38,12 @@ PRODUCTS = {
     "effseg::head_sums_backward": 2,
 }
 """How many shapes of matrix products an operator computes."""
+PROMOTING = {
+    f"aten::{name}{place}"
+    for name in ("add", "sub", "mul", "div", "addcmul", "addcdiv", "lerp")
+    for place in ("", "_")
+} | {"aten::maximum", "aten::minimum", "aten::where"}
+"""Pointwise operators that bring their operands to one type."""
 BLOCKED = {"Mkldnn", "MkldnnTranspose"}
 COLUMNS = {"Slow2d", "Slow3d"}
 
@@ -72,6 +79,9 @@ class HostWorkspace:
             return _of_convolution(
                 gradient, inputs, weight, None, options, backward=True, to_inputs=to_inputs
             )
+        if name in PROMOTING:
+            condition = name == "aten::where"
+            return _promoted_bytes(list(_tensors(args))[condition:], result)
         if name in PRODUCTS:
             tensors = list(_tensors(args))
             if tensors[0].element_size() == 2:
@@ -96,6 +106,17 @@ def _tensors(values: Sequence[Any]) -> Iterator[Tensor]:
             yield value
         elif isinstance(value, list | tuple):
             yield from _tensors(value)
+
+
+def _promoted_bytes(operands: Sequence[Tensor], result: Tensor) -> int:
+    """Of copies of operands, and of a result in place, that are not of the type computed in."""
+    whole = [tensor for tensor in operands if tensor.dim() > 0]
+    common = result.dtype
+    for tensor in whole:
+        common = torch.promote_types(common, tensor.dtype)
+    return sum(
+        tensor.numel() * common.itemsize for tensor in (*whole, result) if tensor.dtype != common
+    )
 
 
 def _of_convolution(
