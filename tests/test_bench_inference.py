@@ -5,13 +5,13 @@ import os
 import sys
 from dataclasses import replace
 from importlib import import_module
-from mmap import mmap
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from filled import filled
 
 from effseg.memory import mapped_blocks
 from effseg.resample import logits_to_labels
@@ -28,11 +28,6 @@ TINY = cases.Case(n_classes=5, shape=(14, 9, 8), window=(6, 6, 6))
 
 
 def test_a_peak_is_what_the_call_holds_at_once() -> None:
-    def filled(n_bytes: int) -> np.ndarray:  # none of the heap's: that keeps what is freed
-        block = np.frombuffer(mmap(-1, n_bytes), np.uint8)
-        block[:] = 1
-        return block
-
     def call() -> np.ndarray:
         filled(24 * MIB).sum()
         return filled(48 * MIB)

@@ -3,13 +3,13 @@ import functools
 import re
 from collections.abc import Callable
 from dataclasses import replace
-from mmap import mmap
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from filled import filled
 from monai.networks import nets
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -624,13 +624,6 @@ def test_traced_is_near_the_cuda_allocator(autocast):
     assert traced.peak_bytes == pytest.approx(measured.peak_bytes, rel=0.25)
     assert traced.reserved_bytes == pytest.approx(measured.reserved_bytes, rel=0.25)
     assert traced.device_bytes == pytest.approx(measured.device_bytes, rel=0.25)
-
-
-def filled(n_bytes: int) -> np.ndarray:
-    """Of no heap, which might give what it still has and keeps what is freed."""
-    block = np.frombuffer(mmap(-1, n_bytes), np.uint8)
-    block[:] = 1
-    return block
 
 
 @pytest.mark.parametrize("resettable", [True, False])
