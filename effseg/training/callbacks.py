@@ -92,17 +92,11 @@ class MetricsLog(pl.Callback):  # type: ignore[misc]
         self.augment = plan.training.augment
         if self.augment.is_scheduled:
             scheduled += ("augment_probability",)
-        self.probability = self.augment.probability_at(0.0)
         self.columns = (
             *("epoch", "step", "minutes", "learning_rate", "loss", "validation_loss"),
             *("validation_dice", *labels, "validation_voe", "peak_bytes", "predicted_peak_bytes"),
             *scheduled,
         )
-
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: SegmentationModule) -> None:
-        """Before the epoch's first patch: augmentation stays as it is then."""
-        share = pl_module.clock.fraction(trainer.global_step) if trainer.current_epoch else 0.0
-        self.probability = self.augment.probability_at(share)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: SegmentationModule) -> None:
         """After training and validation of an epoch, in the first process."""
@@ -121,8 +115,10 @@ class MetricsLog(pl.Callback):  # type: ignore[misc]
             "step": trainer.global_step,
             "minutes": round(pl_module.clock.elapsed_seconds / 60, 4),
             "learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
-            "augment_probability": round(self.probability, 4),
         }
+        if self.augment.is_scheduled:
+            share = trainer.train_dataloader.dataset.augmentation.share
+            known["augment_probability"] = round(self.augment.probability_at(share), 4)
         if isinstance(pl_module.loss, ScheduledLoss):
             known["loss_stage"] = pl_module.loss.stage
         new = not self.path.exists()
