@@ -66,8 +66,34 @@ class Bench:
         return self.home / f"{self.minutes:g}_minutes" / recipe.replace(" ", "_") / str(seed)
 
 
+class Recipe:
+    """What all kinds share."""
+
+    name: str
+
+    def seeds(self, bench: Bench) -> Sequence[int]:
+        """All of them."""
+        return bench.seeds
+
+
+class TrainedRecipe(Recipe):
+    """One that has runs of its own."""
+
+    def made(self, bench: Bench, seed: int) -> list[CaseRow]:
+        """Train, label the unseen cases, score."""
+        folder = bench.folder(self.name, seed)
+        if not (folder / WEIGHTS).exists():
+            self.train(bench, seed, folder)
+            judge_small(folder)
+        return labelled([folder], bench, self.name, seed)
+
+    def train(self, bench: Bench, seed: int, out: Path) -> None:
+        """Fill the run's folder."""
+        raise NotImplementedError
+
+
 @dataclass(frozen=True)
-class Trained:
+class Trained(TrainedRecipe):
     """The plan with something changed, trained.
 
     Attributes:
@@ -84,38 +110,26 @@ class Trained:
     against: str = DEFAULT
     stage: int = 0
 
-    def seeds(self, bench: Bench) -> Sequence[int]:
-        """All of them."""
-        return bench.seeds
-
-    def made(self, bench: Bench, seed: int) -> list[CaseRow]:
-        """Train, label the unseen cases, score."""
-        folder = bench.folder(self.name, seed)
-        if not (folder / WEIGHTS).exists():
-            plan = changed(json.loads(bench.plan.read_text()), self.changes)
-            effseg.train(
-                Plan.model_validate(plan),
-                bench.learnt(),
-                out=folder,
-                minutes=bench.minutes,
-                seed=seed,
-            )
-            judge_small(folder)
-        return labelled([folder], bench, self.name, seed)
+    def train(self, bench: Bench, seed: int, out: Path) -> None:
+        """Fill the run's folder."""
+        plan = changed(json.loads(bench.plan.read_text()), self.changes)
+        effseg.train(
+            Plan.model_validate(plan),
+            bench.learnt(),
+            out=out,
+            minutes=bench.minutes,
+            seed=seed,
+        )
 
 
 @dataclass(frozen=True)
-class Mirrored:
+class Mirrored(Recipe):
     """The default's runs, that label each case and its mirror images."""
 
     name: str = "mirrored"
-    why: str = "the default's own runs label the 8 mirror images of a case too"
+    why: str = "the default's own runs label a case's mirror images too"
     against: str = DEFAULT
     stage: int = 1
-
-    def seeds(self, bench: Bench) -> Sequence[int]:
-        """All of them."""
-        return bench.seeds
 
     def made(self, bench: Bench, seed: int) -> list[CaseRow]:
         """Label and score."""
@@ -123,7 +137,7 @@ class Mirrored:
 
 
 @dataclass(frozen=True)
-class Ensemble:
+class Ensemble(Recipe):
     """The default's runs of all seeds together."""
 
     name: str = "ensemble"
@@ -142,7 +156,7 @@ class Ensemble:
 
 
 @dataclass(frozen=True)
-class Student:
+class Student(TrainedRecipe):
     """One network of the ensemble's knowledge."""
 
     name: str = "student"
@@ -150,28 +164,20 @@ class Student:
     against: str = DEFAULT
     stage: int = 1
 
-    def seeds(self, bench: Bench) -> Sequence[int]:
-        """All of them."""
-        return bench.seeds
-
-    def made(self, bench: Bench, seed: int) -> list[CaseRow]:
-        """Train, label the unseen cases, score."""
-        folder = bench.folder(self.name, seed)
-        if not (folder / WEIGHTS).exists():
-            effseg.distill(
-                [bench.folder(DEFAULT, one) for one in bench.seeds],
-                bench.learnt(),
-                out=folder,
-                plan=bench.plan,
-                minutes=bench.minutes,
-                seed=seed,
-            )
-            judge_small(folder)
-        return labelled([folder], bench, self.name, seed)
+    def train(self, bench: Bench, seed: int, out: Path) -> None:
+        """Fill the run's folder."""
+        effseg.distill(
+            [bench.folder(DEFAULT, one) for one in bench.seeds],
+            bench.learnt(),
+            out=out,
+            plan=bench.plan,
+            minutes=bench.minutes,
+            seed=seed,
+        )
 
 
 @dataclass(frozen=True)
-class FewLabels:
+class FewLabels(TrainedRecipe):
     """Trained as if few of the cases had labels, with the others as scans or without them.
 
     Attributes:
@@ -188,35 +194,27 @@ class FewLabels:
     against: str
     stage: int = 0
 
-    def seeds(self, bench: Bench) -> Sequence[int]:
-        """All of them."""
-        return bench.seeds
-
-    def made(self, bench: Bench, seed: int) -> list[CaseRow]:
-        """Train, label the unseen cases, score."""
-        folder = bench.folder(self.name, seed)
-        if not (folder / WEIGHTS).exists():
-            learnt, split = bench.learnt(), NineWaySplit.load(bench.split)
-            if self.adversarial:
-                effseg.train_adversarially(
-                    bench.pair_plan,
-                    learnt,
-                    split=split,
-                    out=folder,
-                    minutes=bench.minutes,
-                    seed=seed,
-                )
-            else:
-                effseg.train(
-                    bench.pair_plan,
-                    annotated_part(learnt, split),
-                    split=split,
-                    out=folder,
-                    minutes=bench.minutes,
-                    seed=seed,
-                )
-            judge_small(folder)
-        return labelled([folder], bench, self.name, seed)
+    def train(self, bench: Bench, seed: int, out: Path) -> None:
+        """Fill the run's folder."""
+        learnt, split = bench.learnt(), NineWaySplit.load(bench.split)
+        if self.adversarial:
+            effseg.train_adversarially(
+                bench.pair_plan,
+                learnt,
+                split=split,
+                out=out,
+                minutes=bench.minutes,
+                seed=seed,
+            )
+        else:
+            effseg.train(
+                bench.pair_plan,
+                annotated_part(learnt, split),
+                split=split,
+                out=out,
+                minutes=bench.minutes,
+                seed=seed,
+            )
 
 
 def judge_small(run: Path) -> None:

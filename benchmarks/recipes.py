@@ -30,11 +30,9 @@ from recipe_runs import Bench, changed
 from recipe_table import CASES, PAGE, as_markdown, read_cases, write_cases
 
 import effseg
-from effseg.cli.splitting import annotated_part
+from effseg.cli.adversarial import planned_pair
 from effseg.dataset import read_dataset, share_annotated, split_nine_ways
-from effseg.memory import parse_budget
-from effseg.plans import AdversarialConfig, Plan
-from effseg.training import plan_pair
+from effseg.plans import Plan
 
 SEEDS = (0, 1, 2)
 HELD_OUT = 0.3
@@ -119,12 +117,7 @@ def set_up(bench: Bench, *, memory: str) -> None:
     few, rest = share_annotated(learnt, FEW_SHARE, seed=0)
     split = split_nine_ways(few, rest, dataset=learnt.name)
     split.save(bench.split)
-    facts = effseg.fingerprint(annotated_part(learnt, split))
-    parts = {"adversarial": AdversarialConfig()}
-    pair = plan_pair(
-        lambda n_bytes: effseg.plan(facts, memory=n_bytes, device="cpu").model_copy(update=parts),
-        parse_budget(memory, torch.device("cpu"))[0],
-    )
+    pair = planned_pair(learnt, split, memory, device="cpu")
     for plan, path in (
         (pair, bench.pair_plan),
         (effseg.plan(learnt, memory=memory, device="cpu"), bench.plan),
