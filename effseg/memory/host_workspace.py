@@ -1,14 +1,10 @@
-"""What a training step takes on a CPU beside tensors: convolutions' own copies.
+"""What a training step takes on a CPU beside tensors.
 
-oneDNN convolves channels in blocks as wide as a vector register. Where channels are not innermost
-torch's convolution copies its operands to that layout and its result back, in memory that no tensor
-owns (`ONEDNN_VERBOSE=1` prints the reorders). Where they are, it reads and writes in place.
-torch's own kernel, for small single samples, lays out a column of each voxel's neighbourhood
-(slow_conv3d in aten/src/ATen/native/ConvolutionMM3d.cpp). Operands of a sum or product that are of
+Convolutions copy their operands (`host_convolution`). Operands of a sum or product that are of
 different types are converted as wholes first (compute_types in aten/src/ATen/TensorIterator.cpp).
+oneDNN keeps what it compiles of matrix products.
 """
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -16,15 +12,11 @@ import torch
 from torch import Tensor
 
 from effseg.kernels.tiles import tile_length
-from effseg.memory.shapes import convolution_layout
+from effseg.memory.host_convolution import Convolution
 
 HOST_BYTES = 16 * 2**20
 """Threads' stacks, the libraries' compiled kernels and tables: what a first step leaves. Measured
 with and without threads as 11 to 20 MiB over seven networks."""
-VECTOR_BYTES = {"AVX512": 64, "AVX2": 32}
-"""By `torch.backends.cpu.get_cpu_capability()`; channels fill such a vector of float32, and as many
-of them those of shorter types."""
-
 PRODUCT_BYTES = 563 * 1024
 """What oneDNN keeps of a matrix product in bfloat16 that it has compiled, for each shape: measured
 over two hundred shapes on AVX512. In float32 it keeps next to nothing."""
@@ -44,8 +36,6 @@ PROMOTING = {
     for place in ("", "_")
 } | {"aten::maximum", "aten::minimum", "aten::where"}
 """Pointwise operators that bring their operands to one type."""
-BLOCKED = {"Mkldnn", "MkldnnTranspose"}
-COLUMNS = {"Slow2d", "Slow3d"}
 
 
 class HostWorkspace:
@@ -73,12 +63,11 @@ class HostWorkspace:
         """
         if name == "aten::convolution":
             inputs, weight, bias, *options = args
-            return _of_convolution(result, inputs, weight, bias, options)
+            return Convolution(inputs, weight, bias, result, options).forward_bytes()
         if name == "aten::convolution_backward":
             gradient, inputs, weight, _, *options, (to_inputs, *_) = args
-            return _of_convolution(
-                gradient, inputs, weight, None, options, backward=True, to_inputs=to_inputs
-            )
+            convolution = Convolution(inputs, weight, None, gradient, options)
+            return convolution.backward_bytes(to_inputs=to_inputs)
         if name in PROMOTING:
             condition = name == "aten::where"
             return _promoted_bytes(list(_tensors(args))[condition:], result)
@@ -117,59 +106,3 @@ def _promoted_bytes(operands: Sequence[Tensor], result: Tensor) -> int:
     return sum(
         tensor.numel() * common.itemsize for tensor in (*whole, result) if tensor.dtype != common
     )
-
-
-def _of_convolution(
-    output: Tensor,
-    inputs: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    options: Sequence[Any],
-    *,
-    backward: bool = False,
-    to_inputs: bool = False,
-) -> int:
-    """Of a convolution in either direction; backward takes one of its two halves at a time.
-
-    Channels that fill no vector are read in place; a gradient of them is written as one.
-    """
-    stride, padding, dilation, transposed, output_padding, groups = options
-    kernel = torch._C._select_conv_backend(
-        inputs, weight, bias, stride, padding, dilation, transposed, output_padding, groups, None
-    ).name
-    if kernel in COLUMNS:
-        if math.prod(weight.shape[2:]) == 1 and not backward:
-            return 0  # the input is its own columns; their gradient is a tensor apart all the same
-        places = output.shape[0] * math.prod(output.shape[2:])
-        return weight[0].numel() * places * weight.element_size()
-    if kernel not in BLOCKED:
-        return 0
-    turned = 0
-    if backward and weight.element_size() == 2 and math.prod(weight.shape[2:]) > 1:
-        # shorter types are turned, two voxels into one register, for the gradient of the weights
-        fills = inputs.shape[1] >= _channels_of_a_vector()
-        inner = _blocked_bytes(inputs) if fills else inputs.numel() * inputs.element_size()
-        turned = (inner + _blocked_bytes(output)) // max(stride)
-    layout = convolution_layout(inputs, weight, bias, options, device="cpu")
-    if layout == torch.contiguous_format:
-        in_place = (
-            not to_inputs
-            and not transposed
-            and torch.backends.cpu.get_cpu_capability() == "AVX512"  # of others it is not known
-            and inputs.shape[1] < _channels_of_a_vector()
-            and math.prod(weight.shape[2:]) > 1
-        )
-        copied = (output, weight) if in_place else (inputs, output, weight)
-        return turned + sum(map(_blocked_bytes, copied))
-    return turned
-
-
-def _blocked_bytes(tensor: Tensor) -> int:
-    """Of a copy whose channels fill whole vectors."""
-    n_channels, width = tensor.shape[1], _channels_of_a_vector()
-    return tensor.numel() // n_channels * (-(-n_channels // width) * width) * tensor.element_size()
-
-
-def _channels_of_a_vector() -> int:
-    n_bytes = VECTOR_BYTES.get(torch.backends.cpu.get_cpu_capability(), 4)
-    return n_bytes // 4
