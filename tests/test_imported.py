@@ -17,6 +17,7 @@ from effseg.inference import load_run, predict
 from effseg.memory import stage_policies
 from effseg.networks import DenseUNet, build_network, own_state, why_whole
 from effseg.planner import check_plan, fingerprint, plan, trace_plan
+from effseg.planner.candidates import Candidates
 from effseg.planner.rates import Rates
 from effseg.planner.search import Search
 from effseg.planner.step import PlannedTraining
@@ -181,7 +182,7 @@ def test_few_stages_are_recomputed_where_samples_go_one_after_the_other() -> Non
         out_channels=2,
         stride=2,
     )
-    search = Search(
+    candidates = Candidates(
         subject=PlannedTraining(
             build_config=lambda *_: config,
             loss=LossConfig(),
@@ -191,21 +192,20 @@ def test_few_stages_are_recomputed_where_samples_go_one_after_the_other() -> Non
             modes=("plain",),
         ),
         patches=[patch],
+        batch=6,
         budget_bytes=2**40,
         device="cpu",
         rates=rates,
         beside_bytes=lambda _: 0,
-        smallest_batch=6,
-        largest_batch=6,
     )
     stages = ("down_layers.0", "down_layers.1", "up_layers.0", "conv_final")
     kept, all_of_them = (
-        search.step(patch, 6, "plain", policies, split=True).report.device_bytes
+        candidates.step(patch, 6, "plain", policies, split=True).report.device_bytes
         for policies in ({}, dict.fromkeys(stages, "recompute"))
     )
     assert all_of_them < kept
     budget = int(1.03 * (0.7 * kept + 0.3 * all_of_them))
-    step = replace(search, budget_bytes=budget).run().step
+    step = Search(replace(candidates, budget_bytes=budget), largest_batch=6).run().step
     assert step.split
     assert 0 < len(step.policies) < len(stages)
     assert step.peak_bytes * 1.03 <= budget

@@ -12,8 +12,9 @@ from effseg.files import name_places
 from effseg.memory import trace_peak
 from effseg.memory.trace import mean_of_outputs
 from effseg.networks import build_network, why_whole
+from effseg.planner.candidates import SMALLEST_BATCH, Candidates
 from effseg.planner.geometry import patches_of_stride
-from effseg.planner.search import SMALLEST_BATCH, Answer, Search
+from effseg.planner.search import Answer, Search
 from effseg.planner.step import PlannedTraining, beside_training
 from effseg.planner.tuning import COARSEST, network_stride
 from effseg.planner.wish import Wish
@@ -58,7 +59,7 @@ def search_imported(wish: Wish, config: ImportedNetwork) -> Answer:
         MemoryBudgetError: if the smallest patch does not fit; says what would do.
         PlanError: if no step can be traced.
     """
-    search = Search(
+    candidates = Candidates(
         subject=PlannedTraining(
             build_config=lambda *_: config,
             loss=wish.loss,
@@ -73,8 +74,8 @@ def search_imported(wish: Wish, config: ImportedNetwork) -> Answer:
         device=wish.device,
         rates=wish.rates,
         beside_bytes=lambda report: beside_training(report, wish.device),
-        longest=wish.pace if wish.device == "cpu" else None,
     )
+    search = Search(candidates, longest=wish.pace if wish.device == "cpu" else None)
     try:
         return search.run()
     except (ArithmeticError, RuntimeError, ValueError) as error:  # whatever its own code raises

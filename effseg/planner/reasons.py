@@ -4,8 +4,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from effseg.planner.alternatives import describe
 from effseg.planner.scaling import Scale
-from effseg.planner.search import LARGEST_BATCH, Answer, describe
+from effseg.planner.search import LARGEST_BATCH, Answer
 from effseg.planner.step import Step
 from effseg.planner.wish import CPU_STEP_SECONDS, Wish
 from effseg.plans import NetworkConfig, format_bytes, format_shape

@@ -23,11 +23,12 @@ from effseg.memory import (
     trace_peak,
 )
 from effseg.networks import MemoryMode
+from effseg.planner.candidates import SMALLEST_BATCH, Candidates
 from effseg.planner.facts import fingerprint
 from effseg.planner.geometry import median_shape, patches_of_stride, target_spacing
 from effseg.planner.machine import choose_device, choose_precision
 from effseg.planner.rates import machine_rates
-from effseg.planner.search import LARGEST_BATCH, SMALLEST_BATCH, Search
+from effseg.planner.search import LARGEST_BATCH, Search
 from effseg.plans import Alternative, Fingerprint, Heap, LossConfig, format_bytes, parse_bytes
 from effseg.types import Shape3, Spacing
 
@@ -153,16 +154,16 @@ def tune(
         precision=precision,
         device=kind,
     )
-    answer = Search(
+    candidates = Candidates(
         subject=subject,
         patches=list(patches_of_stride(median, spacing, stride)),
+        batch=smallest_batch,
         budget_bytes=budget,
         device=kind,
         rates=machine_rates(kind, precision),
         beside_bytes=lambda _: 0,
-        smallest_batch=smallest_batch,
-        largest_batch=largest_batch,
-    ).run()
+    )
+    answer = Search(candidates, largest_batch=largest_batch).run()
     step = answer.step
     return Tuning(
         patch=step.patch,

@@ -2,7 +2,7 @@
 
 import math
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -13,6 +13,7 @@ from effseg.devices import DeviceKind, Precision
 from effseg.errors import PlanError
 from effseg.files import name_places
 from effseg.networks import MemoryMode
+from effseg.planner.candidates import Candidates
 from effseg.planner.geometry import Stages, shrinking_patches
 from effseg.planner.rates import Rates, nominal_rates
 from effseg.planner.scaling import SIZES, Scale, scale_of
@@ -67,11 +68,11 @@ class Wish:
         """What a step may take."""
         return Pace(rates=nominal_rates(self.device), seconds=QUICK_SECONDS[self.device])
 
-    def search(self, scale: Scale) -> Search:
-        """For the best step of a network of this size."""
+    def candidates(self, scale: Scale) -> Candidates:
+        """The steps of a network of this size."""
         largest = next(iter(self.stages))
         wanted = min(scale.side**3, math.prod(largest))
-        return Search(
+        return Candidates(
             subject=PlannedTraining(
                 build_config=lambda patch, mode: self.config(patch, mode, scale),
                 loss=self.loss,
@@ -85,6 +86,13 @@ class Wish:
             device=self.device,
             rates=self.rates,
             beside_bytes=lambda report: beside_training(report, self.device),
+        )
+
+    def search(self, scale: Scale, *, patches: Sequence[Shape3] | None = None) -> Search:
+        """For the best step of a network of this size, among all patches or some of them."""
+        among = self.candidates(scale)
+        return Search(
+            among if patches is None else replace(among, patches=patches),
             longest=self.pace if self.device == "cpu" else None,
         )
 
@@ -106,13 +114,14 @@ def sized(wish: Wish) -> tuple[Scale, Answer]:
         return scale, answer
 
     def is_too_large(size: str) -> bool:
-        larger = wish.search(scale_of(size)).step(step.patch, step.batch, step.mode, {})
+        among = wish.candidates(scale_of(size))
+        larger = among.step(step.patch, step.batch, step.mode, {})
         return larger.peak_bytes > wish.budget_bytes or wish.pace.share(larger) > 1
 
     first = bisect_left(SIZES, True, lo=1, key=is_too_large)  # each is larger than the one before
     if first > 1:
         scale = scale_of(SIZES[first - 1])
-        answer = replace(wish.search(scale), patches=[step.patch]).run()
+        answer = wish.search(scale, patches=[step.patch]).run()
     return scale, answer
 
 
