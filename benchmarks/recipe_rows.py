@@ -48,6 +48,12 @@ ALL = (
     ),
     _loss("Dice", "Dice alone", dice_weight=1.0),
     _loss("squared Dice", "Dice of squared probabilities alone", squared_dice_weight=1.0),
+    _loss(
+        "squared Dice + cross-entropy",
+        "Dice of squared probabilities, and cross-entropy",
+        squared_dice_weight=1.0,
+        cross_entropy_weight=1.0,
+    ),
     _loss("focal Dice", "(1 - Dice) ^ 0.75 alone", dice_weight=1.0, overlap_power=0.75),
     _loss("Jaccard", "Jaccard alone", jaccard_weight=1.0),
     _loss(
@@ -75,6 +81,8 @@ ALL = (
         momentum=0.99,
         learning_rate=1e-2,
     ),
+    _optimizer("higher rate", "AdamW's rate 5e-3", learning_rate=5e-3),
+    _optimizer("lower rate", "AdamW's rate 7e-4", learning_rate=7e-4),
     _optimizer("lookahead", "lookahead around AdamW, 5 steps, half the way", lookahead={}),
     _optimizer("poly", "the rate falls as (1 - share) ^ 0.9", schedule={"kind": "poly"}),
     _optimizer(
