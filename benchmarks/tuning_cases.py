@@ -37,6 +37,14 @@ STATE_BYTES = 16
 """Of each parameter: itself, its gradient and AdamW's two moments, in float32."""
 ROOM = 1.3
 """A budget is worth tuning for from so many times the state of a network on."""
+SMALLEST_MIB = {
+    "effseg-b2": 512,
+    "effseg-b3": 768,
+    "MONAI-DynUNet": 1024,
+    "nnU-Net-PlainConvUNet": 1024,
+}
+"""Of the ladder, where the smallest patch takes more beside its network's state than that: a search
+below was refused, and said so much."""
 RESIDUAL_BLOCKS = (1, 3, 4, 6, 6, 6)
 OPTIMIZER = partial(AdamW, lr=1e-3)
 
@@ -98,7 +106,7 @@ def n_parameters(name: str) -> int:
 
 def usual_budgets(name: str) -> tuple[int, ...]:
     """The three smallest of the ladder that leave a network room for activations, in bytes."""
-    least = ROOM * STATE_BYTES * n_parameters(name)
+    least = max(ROOM * STATE_BYTES * n_parameters(name), SMALLEST_MIB.get(name, 0) * MIB)
     return tuple(mib * MIB for mib in LADDER_MIB if mib * MIB >= least)[:3]
 
 
