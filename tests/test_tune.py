@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+import weakref
 from functools import partial
 from pathlib import Path
 
@@ -112,6 +113,44 @@ def test_what_was_tuned_takes_what_was_said() -> None:
     )
     assert again == tuning.report
     assert again.device_bytes == tuning.peak_bytes
+
+
+class Tied(nn.Module):
+    """Two convolutions of one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv3d(1, 8, 1), nn.Conv3d(8, 2, 3, padding=1)
+        self.inner, self.again = (nn.Conv3d(8, 8, 3, padding=1) for _ in range(2))
+        self.again.weight = self.inner.weight
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.last(self.again(self.inner(self.first(image))))
+
+
+def test_weights_are_made_once_and_not_kept_while_steps_are_weighed() -> None:
+    made: list[weakref.ref[Tensor]] = []
+
+    def build() -> nn.Module:
+        assert all(weight() is None for weight in made)
+        network = Tied()
+        made.extend(weakref.ref(weight) for weight in network.parameters())
+        return network
+
+    tuned = effseg.tune(build, (1, 64, 64, 64), memory="96MiB", precision="float32", device="cpu")
+    assert len(made) == len(list(Tied().parameters()))  # one network's
+    assert all(weight() is None for weight in made)
+    again = trace_peak(
+        Tied(),
+        (tuned.batch, 1, *tuned.patch),
+        loss=CompoundLoss(),
+        label_shape=(tuned.batch, *tuned.patch),
+        label_dtype=torch.uint8,
+        optimizer=torch.optim.AdamW,
+        device="cpu",
+    )
+    assert not tuned.policies
+    assert tuned.report.peak_bytes == again.peak_bytes  # weights in two places are counted once
 
 
 def test_more_than_there_is_to_see_is_not_taken() -> None:

@@ -1,5 +1,6 @@
 """Any network in a budget: patch, batch and what is recomputed, found by tracing its step."""
 
+import copy
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -145,9 +146,10 @@ def tune(
     n_channels, known_classes, median, spacing = _seen(data)
     n_classes = n_classes or known_classes
     precision = precision or choose_precision(kind)[0]
-    stride = network_stride(build_network(), n_channels)
+    network = _without_weights(build_network().train())
+    stride = network_stride(network, n_channels)
     subject = _AnyNetwork(
-        build=build_network,
+        original=network,
         n_channels=n_channels,
         loss=loss or _standard_loss(n_classes),
         optimizer=optimizer,
@@ -182,7 +184,7 @@ def tune(
 class _AnyNetwork:
     """A user's network, which has no memory modes of its own."""
 
-    build: Callable[[], nn.Module]
+    original: nn.Module
     n_channels: int
     loss: Loss
     optimizer: OptimizerOf
@@ -192,9 +194,9 @@ class _AnyNetwork:
     can_split: bool = False
 
     def network(self, patch: Shape3, mode: MemoryMode) -> nn.Module:
-        """A new one; it is traced in training mode."""
+        """A copy, for policies change it; it is traced in training mode."""
         del patch, mode
-        return self.build().train()
+        return copy.deepcopy(self.original)
 
     def trace(
         self, network: nn.Module, patch: Shape3, batch: int, *, split: bool = False
@@ -211,6 +213,17 @@ class _AnyNetwork:
             autocast=AUTOCAST[self.precision],
             device=self.device,
         )
+
+
+def _without_weights(network: nn.Module) -> nn.Module:
+    """A copy whose parameters hold nothing: what is weighed may be many times what fits."""
+    empty: dict[int, Any] = {
+        id(parameter): nn.Parameter(
+            torch.empty_like(parameter, device="meta"), parameter.requires_grad
+        )
+        for parameter in network.parameters()
+    }
+    return copy.deepcopy(network, empty)
 
 
 def _seen(
