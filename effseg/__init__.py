@@ -37,6 +37,7 @@ _HOME = {
     "read_volume": "io",
     "resample_like": "resample",
     "resample_to_spacing": "resample",
+    "score_test_set": "validation",
     "split_nine_ways": "dataset",
     "train": "training",
     "train_adversarially": "training",
@@ -75,6 +76,7 @@ __all__ = [
     "read_volume",
     "resample_like",
     "resample_to_spacing",
+    "score_test_set",
     "split_nine_ways",
     "train",
     "train_adversarially",
@@ -109,7 +111,7 @@ if TYPE_CHECKING:
         train,
         train_adversarially,
     )
-    from effseg.validation import choose_thresholds, validate
+    from effseg.validation import choose_thresholds, score_test_set, validate
     from effseg.volume import Grid, Volume
 
 

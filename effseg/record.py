@@ -25,6 +25,8 @@ CHECKPOINTS = "checkpoints"
 REPORT = "report.html"
 VALIDATION = "validation"
 """The folder of the predictions of the cases that were held out."""
+TEST = "test"
+"""The folder of the predictions of cases that neither training nor any choice has seen."""
 SCORES = "metrics.json"
 """In each folder of predictions."""
 

@@ -1,6 +1,7 @@
 """A segmenter against a discriminator: stages, the frozen one, going on after a kill, memory."""
 
 import csv
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ import effseg.training.pair as pair_module
 from effseg.cli import app
 from effseg.dataset import NineWaySplit, read_dataset, share_annotated, split_nine_ways
 from effseg.errors import CheckpointError, DataError, EffsegError, MemoryBudgetError, PlanError
+from effseg.evaluation import Scores
 from effseg.memory import measure_peak
 from effseg.planner import plan as make_plan
 from effseg.planner.step import TRAINER_BYTES
@@ -205,6 +207,24 @@ def test_a_run_is_a_run_like_any_other(whole: Path, split: NineWaySplit) -> None
     done = CliRunner().invoke(app, ["report", str(whole)])
     assert done.exit_code == 0, done.output
     assert "stage segmenter alone" in (whole / "report.html").read_text()
+
+
+def test_what_the_split_keeps_for_testing_is_scored_and_chooses_nothing(
+    whole: Path, split: NineWaySplit, tmp_path: Path
+) -> None:
+    run = shutil.copytree(whole, tmp_path / "run")
+    before = {name: (run / name).read_bytes() for name in ("plan.json", "run.json")}
+    done = CliRunner().invoke(app, ["test", str(run)])
+    assert done.exit_code == 0, done.output
+    scores = Scores.load(run / "test" / "metrics.json")
+    assert [case.case for case in scores.cases] == list(split.segmenter.test)
+    assert all((run / "test" / f"{name}.nii.gz").is_file() for name in split.segmenter.test)
+    assert before == {name: (run / name).read_bytes() for name in before}
+    assert split.segmenter.test[0] in (run / "report.html").read_text()
+    (run / "split.json").unlink()
+    done = CliRunner().invoke(app, ["test", str(run)])
+    assert isinstance(done.exception, CheckpointError)
+    assert "trained on no split" in str(done.exception)
 
 
 def test_a_run_that_was_stopped_anywhere_ends_at_the_same_weights(

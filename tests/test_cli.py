@@ -49,6 +49,7 @@ def test_help_lists_the_verbs() -> None:
         "train",
         "predict",
         "evaluate",
+        "test",
         "thresholds",
         "distill",
         "report",

@@ -21,6 +21,7 @@ from effseg.cli.prediction import predict
 from effseg.cli.reporting import report
 from effseg.cli.splitting import split
 from effseg.cli.suspecting import suspects
+from effseg.cli.testing import test
 from effseg.cli.thresholds import thresholds
 from effseg.cli.training import train
 
@@ -64,6 +65,7 @@ for verb in (
     adversarial,
     predict,
     evaluate,
+    test,
     thresholds,
     distill,
     report,

@@ -10,7 +10,7 @@ from effseg.errors import CheckpointError
 from effseg.evaluation import Scores
 from effseg.ledger import read_line
 from effseg.plans import Plan
-from effseg.record import METRICS, PLAN, RATES, RECORD, SCORES, VALIDATION, RunRecord
+from effseg.record import METRICS, PLAN, RATES, RECORD, SCORES, TEST, VALIDATION, RunRecord
 
 Columns = Mapping[str, tuple[float | None, ...]]
 
@@ -72,7 +72,7 @@ def read_run(folder: str | Path) -> Run:
 def _rank(path: Path) -> tuple[int, str]:
     """Unseen cases speak first."""
     name = path.parent.name
-    return ({"test": 0, VALIDATION: 1}.get(name, 2), name)
+    return ({TEST: 0, VALIDATION: 1}.get(name, 2), name)
 
 
 def _read_columns(path: Path) -> Columns:
