@@ -253,3 +253,48 @@ def test_blocks_are_given_back_when_they_are_freed_until_the_last_has_left():
         assert int(held) >= 60
         assert int(left) <= 8
     assert int(after[2]) >= 16
+
+
+KEPT_ALL = """
+import torch
+from effseg.memory import kept_blocks, mapped_blocks, resident_bytes
+
+def left_after_freeing(*lengths):
+    before = resident_bytes()
+    several = [torch.ones(n) for n in lengths]
+    held = resident_bytes() - before
+    del several
+    return held >> 20, (resident_bytes() - before) >> 20
+
+ALL = 2**19, 2**21, 2**24  # 2, 8 and 64 MiB
+with mapped_blocks() as can:
+    with kept_blocks():
+        print(can, *left_after_freeing(*ALL))
+with kept_blocks():
+    with mapped_blocks():
+        print(can, *left_after_freeing(*ALL))
+    before = resident_bytes()
+    print(can, *left_after_freeing(*ALL))
+    print(can, *left_after_freeing(2**24))
+print(can, 0, (resident_bytes() - before) >> 20)
+"""
+
+
+@linux
+def test_blocks_of_any_size_are_kept_and_used_again_unless_they_are_to_be_given_back():
+    """Mapped wins, whichever was entered first; and what was kept is given back in the end."""
+    ended = subprocess.run(
+        [sys.executable, "-c", KEPT_ALL], capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 0, ended.stderr
+    rows = [line.split() for line in ended.stdout.splitlines()]
+    if rows[0][0] == "False":
+        pytest.skip("the C library is not glibc")
+    mapped, mapped_too, kept, again, after = ([int(n) for n in row[1:]] for row in rows)
+    for held, left in (mapped, mapped_too):
+        assert held >= 70
+        assert left <= 8
+    assert kept[0] >= 70
+    assert kept[1] >= 70
+    assert again[0] <= 8  # nothing was asked of the system
+    assert after[1] <= 8

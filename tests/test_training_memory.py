@@ -89,15 +89,15 @@ def test_more_than_the_budget_is_warned_of_once(
     assert sum("training took 2.00 GiB of a budget of 1.00 GiB" in words for words in said) == 1
 
 
-def test_a_plan_of_mapped_blocks_is_trained_within_them(
+def test_a_plan_is_trained_on_the_heap_it_names(
     tiny_plan: Plan, tiny_dataset: Path, tmp_path: Path
 ) -> None:
-    entered: dict[str, set[int]] = {"system": set(), "mapped": set()}
-    for kind, seen in entered.items():
+    in_force: dict[str, set[object]] = {"system": set(), "mapped": set(), "kept": set()}
+    for kind, seen in in_force.items():
 
-        def look(state: object, seen: set[int] = seen) -> None:
+        def look(state: object, seen: set[object] = seen) -> None:
             del state
-            seen.add(heap._entered)
+            seen.add(heap._in_force())
 
         train(
             changed(tiny_plan, memory={"heap": kind}),
@@ -106,8 +106,8 @@ def test_a_plan_of_mapped_blocks_is_trained_within_them(
             epochs=1,
             progress=look,
         )
-    assert entered == {"system": {0}, "mapped": {1}}
-    assert heap._entered == 0
+    assert in_force == {"system": {None}, "mapped": {"mapped"}, "kept": {"kept"}}
+    assert heap._in_force() is None
 
 
 def refuse_forwards(monkeypatch: pytest.MonkeyPatch, *calls: int) -> None:

@@ -158,7 +158,7 @@ def test_more_than_there_is_to_see_is_not_taken() -> None:
         UserNetwork, (1, 33, 20, 20), memory="4GiB", precision="float32", device="cpu"
     )
     assert tuning.patch == (34, 20, 20)
-    assert (tuning.batch, tuning.policies, tuning.heap) == (4, {}, "system")
+    assert (tuning.batch, tuning.policies, tuning.heap) == (4, {}, "kept")
 
 
 def test_a_card_that_is_not_here_may_take_what_is_offloaded() -> None:

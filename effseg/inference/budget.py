@@ -3,15 +3,15 @@
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Literal
 
 from effseg.devices import DeviceKind
 from effseg.errors import MemoryBudgetError
 from effseg.inference.pace import MOST_WINDOWS
-from effseg.memory import parse_budget
-from effseg.plans import format_bytes
+from effseg.memory import KEPT_WORST, parse_budget
+from effseg.plans import Heap, format_bytes
 from effseg.postprocess import COMPONENT_BYTES
 from effseg.preprocess import Frame, preparing_bytes
 from effseg.resample import SLAB_PLANES, labelling_bytes
@@ -105,6 +105,8 @@ class Forecast:
         sums: where windows are summed up.
         parts: what takes how much host memory; those named "pass" and "slab" not at once.
         device_bytes: on the device; 0 where that is the host.
+        heap: "kept" where freed memory is kept, which is faster and takes up to `KEPT_WORST` times
+            as much; "mapped": it is given back.
     """
 
     frame: Frame
@@ -113,13 +115,15 @@ class Forecast:
     sums: Sums
     parts: dict[str, int]
     device_bytes: int
+    heap: Heap = "mapped"
 
     @property
     def host_bytes(self) -> int:
         """What it takes of the host's memory."""
         either = ("pass", "slab")
         both = sum(n for name, n in self.parts.items() if name not in either)
-        return both + max(self.parts[name] for name in either)
+        given_back = both + max(self.parts[name] for name in either)
+        return math.ceil(KEPT_WORST * given_back) if self.heap == "kept" else given_back
 
     @property
     def peak_bytes(self) -> int:
@@ -137,6 +141,7 @@ class Forecast:
             f"at most {format_bytes(self.host_bytes)} of memory{device} ({words}): "
             f"image {image[self.reading]}, swept along {'zyx'[self.frame.axis]}, "
             f"up to {self.window_batch} windows a pass, sums on the {self.sums}"
+            + (", freed memory kept for speed" if self.heap == "kept" else "")
         )
 
 
@@ -177,25 +182,44 @@ def forecasts(demand: Demand) -> Iterator[Forecast]:
 
 
 def choose(
-    ways: Iterable[Forecast], *, budget_bytes: int | None, free_bytes: int | None
+    ways: Iterable[Forecast],
+    *,
+    budget_bytes: int | None,
+    free_bytes: int | None,
+    room_bytes: int = 0,
 ) -> Forecast:
-    """The first way that fits.
+    """The first way that fits; before it one that fits with freed memory kept.
+
+    Sums that need not go to the disk count for more than that.
 
     Args:
         ways: the fastest first.
         budget_bytes: of the host's memory, and of the device's; None: any.
         free_bytes: of the device; None: any.
+        room_bytes: of the host's memory, for keeping what is freed, where there is no budget.
 
     Raises:
         MemoryBudgetError: if none fits; the message names the smallest budget that would do.
     """
-    tried = []
+    room = room_bytes if budget_bytes is None else budget_bytes
+    tried: list[Forecast] = []
+    first: Forecast | None = None
     for way in ways:
+        if first is not None and way.sums != first.sums:
+            break
         fits = budget_bytes is None or way.peak_bytes <= budget_bytes
         if fits and (free_bytes is None or way.device_bytes <= free_bytes):
-            logger.info("%s", way)
-            return way
+            first = first or way
+            keeping = replace(way, heap="kept")
+            if keeping.device_bytes > 0:  # what is slow is not on the host
+                break
+            if keeping.host_bytes <= room:
+                first = keeping
+                break
         tried.append(way)
+    if first is not None:
+        logger.info("%s", first)
+        return first
     least = min(tried, key=lambda way: way.peak_bytes)
     shape = least.frame.native.shape
     if budget_bytes is None or least.peak_bytes <= budget_bytes:

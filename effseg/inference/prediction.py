@@ -59,7 +59,9 @@ def predict(
         out: write the label map there, slab by slab; its suffix names the format. The name appears
             when the map is complete.
         memory: a budget such as "4GiB" for what this call takes of the host's memory, and of the
-            device's; "auto": what is free of both; None: no limit.
+            device's; "auto": what is free of both; None: no limit. Where it is roomy a CPU keeps
+            what is freed, which makes it about twice as fast; without a limit, where the budget
+            that the run was planned for is.
         tta: average the logits over the image's mirrors along the axes that training flipped
             (`mirrored_axes`): up to 8.
         device: "cpu" or "cuda"; None: the plan's, or the CPU, with a warning, where that is not

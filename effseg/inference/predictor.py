@@ -33,6 +33,7 @@ from effseg.inference.passes import Passes, mirrors
 from effseg.inference.tracing import weight_bytes_of
 from effseg.inference.under_way import Needed, Progress, SweepUnderWay
 from effseg.networks import WeightsFile
+from effseg.plans import Heap
 from effseg.preprocess import Frame
 from effseg.resample import LabelSlab, Slabs, label_slabs
 from effseg.sources import ArraySource, ChunkedArray, ImageArray, ImageFiles, ImageSource
@@ -72,7 +73,8 @@ class Predictor:
             have the same; the result is the same.
         memory: a budget such as "4GiB" for what `predict` takes of the host's memory, and of the
             device's; "auto": what is free of both now; None: no limit. Smaller passes, and sums on
-            the host or the disk, are taken to keep it.
+            the host or the disk, are taken to keep it; where it is roomy, freed memory is kept,
+            which makes a CPU about twice as fast.
         scratch: folder of files that sums go to where memory is short; None: where the system has
             its temporary ones.
 
@@ -164,6 +166,7 @@ class Predictor:
                 start=start,
                 window_batch=way.window_batch,
                 sums=way.sums,
+                heap=way.heap,
             )
             return label_slabs(slabs, frame.grid, frame.native, start=start)
 
@@ -244,6 +247,7 @@ class Predictor:
         progress: Progress | None = None,
         window_batch: int | None = None,
         sums: Sums = "device",
+        heap: Heap = "mapped",
     ) -> Slabs:
         """Blend over an image and hand on what is finished, from one end to the other.
 
@@ -258,6 +262,8 @@ class Predictor:
             progress: called after each pass.
             window_batch: windows in one pass, at most; None: as the predictor has them.
             sums: where windows are summed up.
+            heap: "kept" keeps what the host frees while the windows pass, which is faster and takes
+                more; "mapped" gives it back.
 
         Returns:
             Pairs (start along its axis, logits (classes, z, y, x)), made as they are asked for; or,
@@ -286,6 +292,7 @@ class Predictor:
             start=start,
             needed=needed,
             progress=progress,
+            heap=heap,
         ).finished()
         return Slabs(
             axis=sweep.axis,

@@ -50,6 +50,7 @@ class RunSweep:
             needed=None if region is None else region.needed(frame.grid, frame.native),
             window_batch=self.way.window_batch,
             sums=self.way.sums,
+            heap=self.way.heap,
             progress=progress,
         )
         for box, labels, made in label_slabs(
@@ -111,6 +112,7 @@ class Task:
             forecasts(demand),
             budget_bytes=self.budget_bytes,
             free_bytes=torch.cuda.mem_get_info(device)[0] if demand.kind == "cuda" else None,
+            room_bytes=plan.memory.budget_bytes,
         )
         predictor = Predictor(
             [one.headless or one.network for one in runs],

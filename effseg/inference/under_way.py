@@ -14,7 +14,8 @@ from effseg.inference.frontier import Frontier
 from effseg.inference.pace import Pace
 from effseg.inference.passes import Passes
 from effseg.inference.windows import SweptImage, inside_padded
-from effseg.memory import mapped_blocks
+from effseg.memory import heap_of
+from effseg.plans import Heap
 from effseg.resample import SLAB_PLANES, Slab
 from effseg.sources import ImageSource
 from effseg.tiling import Sweep
@@ -43,6 +44,7 @@ class SweepUnderWay:
         start: the first position of the image along the swept axis that is wanted.
         needed: which windows to pass; None: all.
         progress: called after each pass; None: nothing is.
+        heap: what becomes of the host's memory that is freed meanwhile.
     """
 
     source: ImageSource
@@ -54,6 +56,7 @@ class SweepUnderWay:
     start: int
     needed: Needed | None
     progress: Progress | None
+    heap: Heap
 
     def finished(self) -> Generator[Slab, None, None]:
         """The slabs, each with where it starts, once no later window touches them.
@@ -68,7 +71,7 @@ class SweepUnderWay:
         inside = image.inside[axis]
         n_blended = None if needed is None else self.n_blended()
         passes = self.passes(sweep)
-        with closing(passes), mapped_blocks():
+        with closing(passes), heap_of(self.heap):
             done = 0
             for layer in sweep.layers:
                 image.load(layer.start + sweep.window[axis])

@@ -9,7 +9,7 @@ tensors with the same tracker. `resident_bytes` and its like ask the operating s
 from effseg.memory.choice import choose_policy, outermost_parts, outermost_stages
 from effseg.memory.cuda_workspace import CudaCard, bytes_beyond_allocator
 from effseg.memory.free import Free, free_bytes, parse_budget, shared_bytes
-from effseg.memory.heap import give_back_memory, heap_of, mapped_blocks
+from effseg.memory.heap import KEPT_WORST, give_back_memory, heap_of, kept_blocks, mapped_blocks
 from effseg.memory.measure import measure_peak
 from effseg.memory.policy import Policy, apply_policy, remove_policy, stage_policies
 from effseg.memory.recompute import recompute
@@ -19,6 +19,7 @@ from effseg.memory.trace import trace_forward, trace_peak
 from effseg.memory.work import Work
 
 __all__ = [
+    "KEPT_WORST",
     "CudaCard",
     "Free",
     "MemoryEvent",
@@ -32,6 +33,7 @@ __all__ = [
     "free_bytes",
     "give_back_memory",
     "heap_of",
+    "kept_blocks",
     "mapped_blocks",
     "measure_peak",
     "outermost_parts",

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from effseg.devices import AUTOCAST, DeviceKind, Precision, device_kind
 from effseg.errors import PlanError
 from effseg.losses import DeepSupervisionLoss, DistillationLoss, build_loss
-from effseg.memory import MemoryReport, Policy, apply_policy, recompute, trace_peak
+from effseg.memory import KEPT_WORST, MemoryReport, Policy, apply_policy, recompute, trace_peak
 from effseg.networks import MemoryMode, build_network, for_loss, why_whole
 from effseg.networks.freezing import freeze_for_start, set_frozen
 from effseg.optimizers import build_optimizer
@@ -27,12 +27,9 @@ from effseg.plans import (
 )
 from effseg.types import Shape3
 
-HOST_SLACK = 1.1
-"""Resident memory over tensor bytes where the C library keeps freed memory on its heap: what our
-networks take. Others were seen to take up to `HOST_WORST` times their tensors."""
-HOST_WORST = 2.2
-HOST_RESERVE_BYTES = 144 * 2**20
-"""Of a CPU's budget with the system's heap, for what is no tensor."""
+KEPT_USUAL = 1.5
+"""Resident memory of a step on a CPU that keeps what is freed, over that on one that gives it back
+(`benchmarks/heaps.py`); `KEPT_WORST` at most."""
 
 TRAINER_BYTES = 16 * 2**20
 """What the training's loop holds on a CPU beside tensors: curves, logs, the library's own. Of 200
@@ -268,17 +265,23 @@ def predicted_peak(
         heap: how the C library keeps freed memory (CPU).
         beside_bytes: what stands beside the step all the time.
     """
+    assert report.device_bytes is not None
+    given_back = report.device_bytes + beside_bytes
     if device == "cuda" or heap == "mapped":
-        assert report.device_bytes is not None
-        return report.device_bytes + beside_bytes
-    return round((report.peak_bytes + beside_bytes) * HOST_SLACK) + HOST_RESERVE_BYTES
+        return given_back
+    return round(KEPT_USUAL * given_back)
+
+
+def kept_bytes(report: MemoryReport, beside_bytes: int) -> int:
+    """The most a step was seen to take on a CPU that keeps what is freed."""
+    assert report.device_bytes is not None
+    return round(KEPT_WORST * (report.device_bytes + beside_bytes))
 
 
 def choose_heap(
     report: MemoryReport, *, device: DeviceKind, beside_bytes: int, budget_bytes: int
 ) -> Heap:
-    """The system's heap, which is faster, where even the worst that was seen of it would fit."""
+    """Keep what a CPU frees, which is about twice as fast, where the most that may take fits."""
     if device == "cuda":
         return "system"
-    worst = (report.peak_bytes + beside_bytes) * HOST_WORST + HOST_RESERVE_BYTES
-    return "system" if worst <= budget_bytes else "mapped"
+    return "kept" if kept_bytes(report, beside_bytes) <= budget_bytes else "mapped"

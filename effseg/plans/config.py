@@ -11,7 +11,7 @@ PositiveSpacing = tuple[
     Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]
 ]
 Share = Annotated[float, Field(ge=0, le=1)]
-Heap: TypeAlias = Literal["system", "mapped"]
+Heap: TypeAlias = Literal["system", "mapped", "kept"]
 """How a CPU's freed memory is kept; see `effseg.memory.heap_of`."""
 
 

@@ -70,8 +70,8 @@ class Memory(Config):
     )
     heap: Heap = Field(
         "system",
-        description="mapped: on a CPU freed memory goes back to the system at once, a little "
-        "slower; system: the C library may keep it",
+        description="of a CPU's freed memory; mapped: it goes back to the system at once; kept: it "
+        "is used again, which is about twice as fast; system: as the C library likes",
     )
 
 
