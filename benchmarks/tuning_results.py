@@ -29,7 +29,7 @@ class Row:
         batch: samples.
         policies: how many stages are recomputed or offloaded.
         precision: of the step.
-        heap: whether large blocks are mapped.
+        heap: what becomes of freed memory.
         predicted_mib: the peak that the search told.
         measured_mib: the one that came.
         error_percent: of the predicted peak, below zero where it promised too little.

@@ -60,7 +60,8 @@ class Tuning:
         batch: samples.
         policies: of stages of the network, by path.
         precision: of the step.
-        heap: "mapped" where `running` gives freed memory back at once (CPU).
+        heap: of a CPU within `running`: "mapped" gives freed memory back at once, "kept" uses it
+            again, which is about twice as fast.
         peak_bytes: predicted: on CUDA what the card shows, else resident memory beyond the imports.
         seconds: of a step, estimated.
         report: of the traced step.
