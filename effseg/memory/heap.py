@@ -4,8 +4,8 @@ glibc maps blocks of 32 MiB and more one by one, and keeps smaller ones on a hea
 them freed. There they lie between what still lives, and a training step's activations fit into the
 gaps badly: resident memory is 1.1 to 2.1 times what tensors take, by no rule that could be told
 beforehand. Mapped one by one, it is what tensors take and a few MiB. The price is that the system
-clears each page anew: on a virtual machine a step took twice as long, and a prediction as well. Kept,
-all of them, the large ones too, they are cleared once (mallopt(3), M_MMAP_THRESHOLD, M_MMAP_MAX and
+clears each page anew: on a virtual machine steps and predictions took twice as long. Kept, all of
+them, the large ones too, they are cleared once (mallopt(3), M_MMAP_THRESHOLD, M_MMAP_MAX and
 M_TRIM_THRESHOLD).
 """
 
