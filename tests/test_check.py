@@ -160,9 +160,9 @@ def test_figures_that_are_no_longer_true_are_traced_anew(
     ("changes", "kind", "words"),
     [
         (
-            {"memory__budget_bytes": 2**26},
+            {"memory__budget_bytes": 48 * 2**20},
             MemoryBudgetError,
-            "patch 16 x 16 x 16 at batch 2 takes 1.* MiB, its budget is 64 MiB: raise "
+            "patch 16 x 16 x 16 at batch 2 takes 6.* MiB, its budget is 48 MiB: raise "
             "memory.budget_bytes, or plan again$",
         ),
         ({"batch_size": 10**12}, MemoryBudgetError, "at batch 1000000000000 takes at least"),
