@@ -11,11 +11,12 @@ from pydantic import ValidationError
 
 from effseg.errors import DataError, MemoryBudgetError, PlanError
 from effseg.io import write_volume
-from effseg.planner import fingerprint, plan, trace_plan, wish
+from effseg.planner import fingerprint, plan, planning, trace_plan, wish
 from effseg.planner.geometry import shrinking_patches, stages_for, target_spacing
 from effseg.planner.rates import Rates
 from effseg.planner.recipe import learning_rate
 from effseg.planner.scaling import SIZES, scale_of
+from effseg.planner.step import KEPT_USUAL
 from effseg.plans import Fingerprint, Plan, parse_bytes
 from effseg.volume import Grid, Volume
 
@@ -190,6 +191,25 @@ def test_on_a_cpu_a_whole_case_may_take_half_a_step(facts: Fingerprint) -> None:
     assert made.patch_size == (48, 48, 48)
     assert made.batch_size == 2
     assert ", while a step takes 0.8 s at most" in made.reasons["batch_size"]
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_a_cpu_keeps_freed_memory_before_it_computes_nothing_twice(
+    facts: Fingerprint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = Rates(flops=5e9, bytes=100e9, operators=4e5, why="arithmetic is what takes time")
+    monkeypatch.setattr(planning, "machine_rates", lambda device, precision: slow)
+    cube = of_spacings(facts, [(1.0, 1.0, 1.0)] * 2, [(50, 50, 50)] * 2)
+    roomy = plan(cube, memory="4GiB", device="cpu", size="b0")
+    assert (roomy.network.memory, roomy.memory.heap) == ("plain", "kept")
+    given_back = roomy.memory.peak_bytes / KEPT_USUAL
+    tight = plan(cube, memory=int(1.6 * given_back), device="cpu", size="b0")
+    assert (tight.network.memory, tight.memory.heap) == ("shared", "kept")
+    assert tight.patch_size == roomy.patch_size
+    assert "no room to keep freed memory" in tight.reasons["recompute"]
+    tighter = plan(cube, memory=int(0.8 * given_back), device="cpu", size="b0")
+    assert (tighter.network.memory, tighter.memory.heap) == ("shared", "mapped")
+    assert "would keep it" in tighter.reasons["memory"]
 
 
 def test_a_size_grows_depth_width_and_what_it_sees() -> None:

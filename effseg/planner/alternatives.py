@@ -57,4 +57,6 @@ def describe(step: Step) -> str:
         how = f"{n_stages} stages {'offloaded' if kinds == ['offload'] else 'recomputed'}"
     if step.split:
         how += ", samples one after the other"
+    if step.heap == "kept":
+        how += ", freed memory kept"
     return f"patch {format_shape(step.patch)}, batch {step.batch}, {how}"

@@ -19,6 +19,8 @@ from effseg.planner.step import Step, Subject, choose_heap, predicted_peak
 from effseg.types import Shape3
 
 SMALLEST_BATCH = 2
+MAPPED_SECONDS = 1.8
+"""Of a step that gives freed memory back, over one that keeps it (`benchmarks/heaps.py`)."""
 HOST_LINK = 20e9
 """Bytes a second between a card and the host's pinned memory: PCIe 4, 16 lanes, in practice."""
 MARGIN: dict[DeviceKind, float] = {"cpu": 1.03, "cuda": 1.0}
@@ -170,6 +172,8 @@ class Candidates:
         heap = choose_heap(
             report, device=self.device, beside_bytes=beside, budget_bytes=self.budget_bytes
         )
+        if heap == "mapped":
+            seconds *= MAPPED_SECONDS
         return Step(
             patch=patch,
             batch=batch,

@@ -80,11 +80,14 @@ def _why_heap(step: Step) -> str:
 
 def why_recompute(step: Step) -> str:
     """What is computed twice, and what for."""
+    what_for = "without, this patch would not fit"
+    if step.heap == "kept":
+        what_for = "without, there would be no room to keep freed memory, which is faster"
     if step.policies or step.split:
-        return f"{describe(step)}: without, this patch would not fit"
+        return f"{describe(step)}: {what_for}"
     if step.mode == "plain":
         return "everything fits with nothing computed twice"
     return (
-        "features are stored once; norm, activation and 1x1 convolutions run again in backward, "
-        "which is what makes this patch fit"
+        "features are stored once; norm, activation and 1x1 convolutions run again in backward; "
+        f"{what_for}"
     )

@@ -140,15 +140,17 @@ class Search:
     def _may_be_best(self, rung: Rung, found: Mapping[Rung, int]) -> bool:
         """Whether a rung could show more than those before, as one trace of it tells.
 
-        Not once they show all there is to see, unless it keeps all as well; nor where its bytes
-        fall by less than its seconds grow: scores grow with voxels, and so do bytes, but for what
-        the smallest patch takes.
+        Not once they show all there is to see, unless it keeps all as well, or is the first that
+        leaves a CPU room to keep freed memory; nor where its bytes fall by less than its seconds
+        grow: scores grow with voxels, and so do bytes, but for what the smallest patch takes.
         """
         among = self.candidates
         if not found or (rung.policy == "keep" and not rung.split):
             return True
         if 0 in found.values():
-            return False
+            whole = [among.at(0, known) for known, index in found.items() if index == 0]
+            mapped = all(step.heap == "mapped" for step in whole)
+            return mapped and among.at(0, rung).heap == "kept"
         best = max(among.score(among.at(i, known)) for known, i in found.items())
         here = among.at(min(found.values()), rung)
         fixed = among.at(len(among.patches) - 1, next(iter(found))).peak_bytes
@@ -191,13 +193,16 @@ class Search:
         return best, index
 
     def _with_more_samples(self, step: Step) -> Step:
-        """The same step with the largest batch that fits and is short enough."""
+        """The same step with the largest batch that fits and is short enough.
+
+        No sample is worth giving freed memory back for where it could be kept.
+        """
         for batch in range(self.largest_batch, step.batch, -1):
             if self.longest is not None and self.longest.share(step) * batch > step.batch:
                 continue
             larger = self.candidates.step(
                 step.patch, batch, step.mode, step.policies, split=step.split
             )
-            if self.candidates.fits(larger):
+            if self.candidates.fits(larger) and (step.heap, larger.heap) != ("kept", "mapped"):
                 return larger
         return step
