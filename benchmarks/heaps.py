@@ -14,7 +14,7 @@ import statistics
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Literal
@@ -22,6 +22,7 @@ from typing import Literal
 import torch
 from bench_inference import fresh
 from pydantic import TypeAdapter
+from result_rows import append_rows
 from torch import nn
 from tuning_cases import MIB, NETWORKS, Taken, load_kernels, run
 
@@ -98,8 +99,9 @@ def main() -> None:
     """Measure what is missing, and say what keeping takes and saves."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS))
+    done = {row.job for row in known()}
     for job in jobs(parser.parse_args().networks):
-        if job not in {row.job for row in known()}:
+        if job not in done:
             add(job)
     print(worst(known()))
 
@@ -118,12 +120,7 @@ def add(job: Job) -> None:
     seconds = round(statistics.median(taken.seconds), 4)
     row = Row(**asdict(job), peak_mib=round(taken.peak_bytes / MIB), seconds=seconds)
     print(row, flush=True)
-    new = not RESULTS.exists()
-    with RESULTS.open("a", newline="") as file:
-        table = csv.DictWriter(file, [field.name for field in fields(Row)])
-        if new:
-            table.writeheader()
-        table.writerow(asdict(row))
+    append_rows(RESULTS, [asdict(row)])
 
 
 def jobs(networks: Iterable[str]) -> Iterator[Job]:

@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from result_rows import append_rows
 
 from effseg.dataset import Dataset, read_dataset
 from effseg.evaluation import Scores
@@ -76,7 +77,7 @@ def main() -> None:
         "effseg": record["effseg"],
         "torch": record["torch"],
     }
-    add_row(row)
+    append_rows(RESULTS, [row])
     for name, value in row.items():
         print(f"{name:>22} {value}")
 
@@ -111,17 +112,6 @@ def listed(dataset: Dataset, out: Path) -> Path:
 def effseg(*arguments: object) -> None:
     """Run the command line as a user does."""
     subprocess.run([sys.executable, "-m", "effseg.cli", *map(str, arguments)], check=True)
-
-
-def add_row(row: dict[str, object]) -> None:
-    """Append to the table of results."""
-    RESULTS.parent.mkdir(exist_ok=True)
-    new = not RESULTS.exists()
-    with RESULTS.open("a", newline="") as file:
-        table = csv.DictWriter(file, list(row))
-        if new:
-            table.writeheader()
-        table.writerow(row)
 
 
 def rounded(value: float | None) -> float | None:

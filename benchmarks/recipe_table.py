@@ -1,7 +1,6 @@
 """What recipes come to: paired differences from the plan's own, with intervals."""
 
 import csv
-import fcntl
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import groupby
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from result_rows import append_rows
 
 from effseg.types import FloatArray
 
@@ -198,11 +198,5 @@ def read_cases(path: Path) -> list[CaseRow]:
 
 
 def write_cases(path: Path, rows: Sequence[CaseRow]) -> None:
-    """Append, all at once: several processes write into the same file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", newline="", encoding="utf-8") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        table = csv.DictWriter(file, [f.name for f in fields(CaseRow)], lineterminator="\n")
-        if file.tell() == 0:
-            table.writeheader()
-        table.writerows(asdict(row) for row in rows)
+    """Append, all at once."""
+    append_rows(path, [asdict(row) for row in rows])
