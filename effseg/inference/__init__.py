@@ -1,7 +1,7 @@
 """Trained networks over new images."""
 
 from effseg.inference.budget import Forecast
-from effseg.inference.case_queue import CaseResult
+from effseg.inference.case_queue import CaseProgress, CaseResult
 from effseg.inference.cases import predict_cases, shard_of
 from effseg.inference.inputs import find_images
 from effseg.inference.margins import write_margins
@@ -10,6 +10,7 @@ from effseg.inference.predictor import Predictor
 from effseg.inference.run import Run, load_run, load_runs, mirrored_axes
 
 __all__ = [
+    "CaseProgress",
     "CaseResult",
     "Forecast",
     "Predictor",

@@ -163,8 +163,14 @@ def budget_of(memory: str | int | None, device: str) -> int | None:
     return n_bytes
 
 
-def forecasts(demand: Demand) -> Iterator[Forecast]:
-    """The ways to label an image, the fastest first."""
+def forecasts(demand: Demand, *, keeping: bool = False) -> Iterator[Forecast]:
+    """The ways to label an image, the fastest first.
+
+    Args:
+        demand: what is to be labelled.
+        keeping: also those that keep what a CPU frees; sums that need not go to the disk count for
+            more than that, and that for more than windows a pass.
+    """
     shape = padded_shape(demand.frame(0).grid.shape, demand.patch_size)
     best = demand.frame(sweep_axis(shape, demand.patch_size))
     along_file = next(f for f in map(demand.frame, range(3)) if f.native_axis == 0)
@@ -177,8 +183,10 @@ def forecasts(demand: Demand) -> Iterator[Forecast]:
     batches = [min(demand.window_batch, max(_layer(demand, frame) for _, frame in ways))]
     while batches[-1] > 1:
         batches.append(batches[-1] // 2)
-    for where, batch, (reading, frame) in product(sums, batches, ways):
-        yield _forecast(demand, frame, reading=reading, window_batch=batch, sums=where)
+    heaps: list[Heap] = ["kept", "mapped"] if keeping and demand.kind == "cpu" else ["mapped"]
+    for where, heap, batch, (reading, frame) in product(sums, heaps, batches, ways):
+        way = _forecast(demand, frame, reading=reading, window_batch=batch, sums=where)
+        yield replace(way, heap=heap)
 
 
 def choose(
@@ -188,9 +196,7 @@ def choose(
     free_bytes: int | None,
     room_bytes: int = 0,
 ) -> Forecast:
-    """The first way that fits; before it one that fits with freed memory kept.
-
-    Sums that need not go to the disk count for more than that.
+    """The first way that fits.
 
     Args:
         ways: the fastest first.
@@ -201,25 +207,14 @@ def choose(
     Raises:
         MemoryBudgetError: if none fits; the message names the smallest budget that would do.
     """
-    room = room_bytes if budget_bytes is None else budget_bytes
-    tried: list[Forecast] = []
-    first: Forecast | None = None
+    tried = []
     for way in ways:
-        if first is not None and way.sums != first.sums:
-            break
-        fits = budget_bytes is None or way.peak_bytes <= budget_bytes
+        bound = room_bytes if budget_bytes is None and way.heap == "kept" else budget_bytes
+        fits = bound is None or way.peak_bytes <= bound
         if fits and (free_bytes is None or way.device_bytes <= free_bytes):
-            first = first or way
-            keeping = replace(way, heap="kept")
-            if keeping.device_bytes > 0:  # what is slow is not on the host
-                break
-            if keeping.host_bytes <= room:
-                first = keeping
-                break
+            logger.info("%s", way)
+            return way
         tried.append(way)
-    if first is not None:
-        logger.info("%s", first)
-        return first
     least = min(tried, key=lambda way: way.peak_bytes)
     shape = least.frame.native.shape
     if budget_bytes is None or least.peak_bytes <= budget_bytes:

@@ -200,7 +200,8 @@ def forecast(
             for Zarr stores alone.
 
     Returns:
-        The fastest way and what it takes.
+        The fastest way that gives freed memory back, and what it takes; `predict` keeps it where
+        there is room.
     """
     runs = load_runs(run)
     demand = demand_of(

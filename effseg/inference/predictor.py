@@ -218,7 +218,8 @@ class Predictor:
             demand = replace(demand, pass_bytes=lambda _: 0)
             return next(forecasts(demand))
         free = torch.cuda.mem_get_info(self.device)[0] if kind == "cuda" else None
-        return choose(forecasts(demand), budget_bytes=self.memory, free_bytes=free)
+        ways = forecasts(demand, keeping=True)
+        return choose(ways, budget_bytes=self.memory, free_bytes=free)
 
     def logits(self, image: Array, *, progress: Progress | None = None) -> npt.NDArray[np.float32]:
         """Blend the network's logits over an image, all at once: classes x voxels.

@@ -109,7 +109,7 @@ class Task:
             files_bytes=self.files_bytes,
         )
         way = choose(
-            forecasts(demand),
+            forecasts(demand, keeping=True),
             budget_bytes=self.budget_bytes,
             free_bytes=torch.cuda.mem_get_info(device)[0] if demand.kind == "cuda" else None,
             room_bytes=plan.memory.budget_bytes,

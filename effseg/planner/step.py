@@ -272,16 +272,11 @@ def predicted_peak(
     return round(KEPT_USUAL * given_back)
 
 
-def kept_bytes(report: MemoryReport, beside_bytes: int) -> int:
-    """The most a step was seen to take on a CPU that keeps what is freed."""
-    assert report.device_bytes is not None
-    return round(KEPT_WORST * (report.device_bytes + beside_bytes))
-
-
 def choose_heap(
     report: MemoryReport, *, device: DeviceKind, beside_bytes: int, budget_bytes: int
 ) -> Heap:
     """Keep what a CPU frees, which is about twice as fast, where the most that may take fits."""
     if device == "cuda":
         return "system"
-    return "kept" if kept_bytes(report, beside_bytes) <= budget_bytes else "mapped"
+    given_back = predicted_peak(report, device=device, heap="mapped", beside_bytes=beside_bytes)
+    return "kept" if KEPT_WORST * given_back <= budget_bytes else "mapped"
