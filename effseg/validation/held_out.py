@@ -1,12 +1,12 @@
 """A finished run on cases it has not learnt from: whole volumes, on their own grids."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from effseg.dataset import Case, NineWaySplit, read_dataset, read_label
 from effseg.errors import CheckpointError
 from effseg.evaluation import CONVENTIONS, CaseScore, Scores, evaluate_case
-from effseg.inference import Run, load_run, predict
+from effseg.inference import CaseProgress, Run, load_run, predict
 from effseg.io import read_volume, write_volume
 from effseg.ledger import note_run
 from effseg.plans import Plan
@@ -16,10 +16,9 @@ from effseg.validation.smallest import stricter
 from effseg.volume import Volume
 
 TOLERANCE_MM = 1.0
-Progress = Callable[[float, str], None]
 
 
-def validate(run: str | Path, *, progress: Progress | None = None) -> Scores:
+def validate(run: str | Path, *, progress: CaseProgress | None = None) -> Scores:
     """Predict and score the cases that a run held out of training.
 
     Where the plan's rule drops components below a volume, and all that were found rightly here are
@@ -51,7 +50,7 @@ def validate(run: str | Path, *, progress: Progress | None = None) -> Scores:
     return scores
 
 
-def score_test_set(run: str | Path, *, progress: Progress | None = None) -> Scores:
+def score_test_set(run: str | Path, *, progress: CaseProgress | None = None) -> Scores:
     """Predict and score the cases that a run's split keeps for testing.
 
     Nothing is chosen by them: the run's plan stays as it is, and so does its line in `runs.csv`.
@@ -104,7 +103,7 @@ def _named(run: Path, names: Sequence[str]) -> list[Case]:
 
 
 def _predicted(
-    run: Run, cases: Sequence[Case], folder: Path, progress: Progress | None
+    run: Run, cases: Sequence[Case], folder: Path, progress: CaseProgress | None
 ) -> list[CaseScore]:
     found: list[CaseScore] = []
     for case in cases:
